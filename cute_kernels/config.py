@@ -1,0 +1,318 @@
+"""What the CuTe kernels take, and with which tiles: limits, warps, groups, chunks, ring sizes, the bytes they need.
+
+Everything is a function of the problem's static shape, so nothing is ever tuned in a user's call. Imports neither the DSL nor the
+kernels: the interface layer reads this module at dispatch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+MAX_HIDDEN_SIZE = 8192
+MAX_SOURCES = 32
+ALIGNMENT = 16  # bytes: what a bulk copy and a 16-byte store need of every row's address
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+PARAMETER_DTYPES = DTYPES | {torch.float32: "fp32"}
+ROW_OPS = ("mix_fwd", "phase2_fwd", "serve_step")
+
+LANES = 32
+VECTOR = 8  # elements of 16 bytes
+ITEM_BYTES = 2
+REGISTER_FILE = 65536
+MAX_REGISTERS = 255
+SHARED_BYTES = 227 * 1024
+PRODUCER_REGISTERS = 24
+
+MAX_ROW_VECTORS = 4  # per thread: 32 elements of a row are 16 registers packed
+MAX_GROUP_WARPS = 8
+MAX_GROUPS = 8
+MAX_CONSUMER_WARPS = 15
+# Addresses, barrier state, sums and softmax scalars of a consumer thread: with this, no configuration spills (a test sees to it).
+OTHER_REGISTERS = 44
+# A slot this large keeps barrier traffic low against the row's own arithmetic; larger ones only make the ring coarser.
+SLOT_BYTES = 8192
+MIN_SLOTS = 4  # of a group, where rows are small enough
+MAX_SLOTS = 32
+
+
+def refusal(
+    *, op: str, dtype: torch.dtype, hidden_size: int, num_sources: int, num_queries: int, byte_alignment: int
+) -> str | None:
+    """Why the CuTe backend cannot take this call, or None. All limits are stated here."""
+    if op == "phase1_fwd":
+        try:
+            from cute_kernels.config_phase1 import phase1_refusal
+        except ModuleNotFoundError:
+            return "phase1_fwd has no CuTe kernel yet"
+        return phase1_refusal(
+            dtype=dtype,
+            hidden_size=hidden_size,
+            num_sources=num_sources,
+            num_queries=num_queries,
+            byte_alignment=byte_alignment,
+        )
+    if op not in ROW_OPS:
+        return f"{op} has no CuTe kernel yet (backward runs on the Triton backend)"
+    if dtype not in DTYPES:
+        return f"dtype {str(dtype).removeprefix('torch.')} is not supported by {op}: use bfloat16 or float16"
+    if hidden_size % VECTOR or not VECTOR <= hidden_size <= MAX_HIDDEN_SIZE:
+        return f"hidden size {hidden_size} must be a multiple of {VECTOR} and at most {MAX_HIDDEN_SIZE}"
+    most = MAX_SOURCES + (op == "serve_step")
+    if op != "phase2_fwd" and not 1 <= num_sources <= most:
+        return f"{num_sources} sources: {op} takes 1 to {most}" + (" (blocks and prefix)" if op == "serve_step" else "")
+    if byte_alignment < ALIGNMENT:
+        return f"every row must start at a multiple of {ALIGNMENT} bytes, not of {byte_alignment}"
+    return None
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a CTA works on tokens: `groups` consumer groups of `warps` warps, each with a ring of `slots` slots of `rows` rows."""
+
+    warps: int
+    groups: int
+    producer_warps: int
+    chunk: int  # sources held in registers at once
+    rows: int  # rows a slot: of one token, loaded and released together
+    slots: int  # per group
+
+    @property
+    def consumer_warps(self) -> int:
+        return self.warps * self.groups
+
+    @property
+    def threads(self) -> int:
+        return (self.consumer_warps + self.producer_warps) * LANES
+
+    @property
+    def consumer_registers(self) -> int:
+        """With a full warpgroup of producers, consumers take over their registers (setmaxnreg); 0 leaves the launch's share."""
+        if self.producer_warps < 4:
+            return 0
+        left = REGISTER_FILE - self.producer_warps * LANES * PRODUCER_REGISTERS
+        return min(left // (self.consumer_warps * LANES) // 8 * 8, 240)
+
+    @property
+    def registers(self) -> int:
+        """The most a consumer thread can have. The hardware allots registers to warps by fours."""
+        warps = -(-(self.consumer_warps + self.producer_warps) // 4) * 4
+        return self.consumer_registers or min(REGISTER_FILE // (warps * LANES) // 8 * 8, MAX_REGISTERS)
+
+    def vectors(self, hidden_size: int) -> int:
+        """16-byte vectors of a row per consumer thread."""
+        return -(-hidden_size // (VECTOR * LANES * self.warps))
+
+    def pitch(self, hidden_size: int) -> int:
+        """Elements from one row in a slot to the next: the row in whole vectors for every thread."""
+        return self.vectors(hidden_size) * self.warps * LANES * VECTOR
+
+    def chunks(self, num_sources: int) -> list[range]:
+        return [range(i, min(i + self.chunk, num_sources)) for i in range(0, num_sources, self.chunk)]
+
+
+def slot_bytes(rows: int, pitch: int) -> int:
+    """A slot and its two barriers."""
+    return rows * pitch * ITEM_BYTES + 16
+
+
+def exchange_bytes(chunk: int, warps: int, groups: int) -> int:
+    """Two buffers of one partial sum per lane, warp and 16 sources (rows.GroupExchange)."""
+    depth = -(-chunk // 16)
+    return 0 if warps == 1 else LANES * depth * warps * 2 * groups * 4
+
+
+class Operands(NamedTuple):
+    """Device addresses (0: not there) and row strides in elements of what a row kernel takes besides its ring rows."""
+
+    query: Any = 0  # [D]
+    key_weight: Any = 0  # [D]
+    output_weight: Any = 0  # [D]
+    given_logit: Any = 0  # [T] fp32: the logit of the row that is merged
+    out: Any = 0  # [T, D]
+    mixed: Any = 0  # [T, D]
+    logits: Any = 0  # [L, T] fp32
+    rstd: Any = 0  # [L, T] fp32
+    lse: Any = 0  # [T] fp32
+    weights: Any = 0  # [L, T] fp32
+    sum: Any = 0  # [T, D], rows sum_stride apart: the last source after its delta
+    sum_stride: Any = 0
+    block: Any = 0  # [T, D], rows block_stride apart: the last source
+    block_stride: Any = 0
+
+
+@dataclass(frozen=True)
+class RowConfig:
+    """Static configuration of mix_fwd, serve_step and phase2_fwd; its repr is the key of the disk cache.
+
+    dtypes are "bf16", "fp16", "fp32"; None: there is no such tensor.
+    """
+
+    op: str
+    dtype: str
+    hidden_size: int
+    num_sources: int
+    query: str
+    key_weight: str | None
+    output_weight: str | None
+    merge: bool  # one more row takes part with a given logit
+    delta: bool  # the last source arrives as two rows; their sum is stored, too
+    write_block: bool  # the last source is stored into the serving cache
+    mixed: bool
+    logits: bool
+    rstd: bool
+    lse: bool
+    weights: bool
+    tile: Tile
+
+    @property
+    def rows_per_token(self) -> int:
+        return self.merge + self.num_sources + self.delta
+
+    @property
+    def slots_per_token(self) -> int:
+        return -(-self.rows_per_token // self.tile.rows)
+
+    @property
+    def pitch(self) -> int:
+        return self.tile.pitch(self.hidden_size)
+
+    @property
+    def threads(self) -> int:
+        return self.tile.threads
+
+    @property
+    def shared_bytes(self) -> int:
+        tile = self.tile
+        return (
+            tile.groups * tile.slots * slot_bytes(tile.rows, self.pitch)
+            + exchange_bytes(tile.chunk, tile.warps, tile.groups)
+            + (self.pitch * 4 if self.output_weight else 0)
+        )
+
+
+def row_tile(
+    hidden_size: int, num_sources: int, *, merge: bool = False, delta: bool = False, output_norm: bool = False
+) -> Tile:
+    """The tile of a shape: as many tokens in flight as their rows fit the registers, else one group and chunks of rows.
+
+    Few warps a row give each thread long runs of independent arithmetic and cheap reductions; many groups hide one token's
+    reductions behind other tokens' rows.
+    """
+    extra = merge + delta  # rows held besides the chunk
+
+    def vectors(warps: int) -> int:
+        return -(-hidden_size // (VECTOR * LANES * warps))
+
+    def needed(warps: int, rows: int, in_chunks: bool) -> int:
+        """Registers: packed rows, the fp32 query, and between chunks the fp32 mix."""
+        return vectors(warps) * (4 * (rows + extra) + 8 + 8 * in_chunks) + OTHER_REGISTERS
+
+    def tile(warps: int, groups: int, chunk: int) -> Tile:
+        consumers = warps * groups
+        pitch = vectors(warps) * warps * LANES * VECTOR
+        ring = (SHARED_BYTES - exchange_bytes(chunk, warps, groups) - pitch * 4 * output_norm) // groups
+        rows = max(1, min(min(SLOT_BYTES, ring // MIN_SLOTS) // (pitch * ITEM_BYTES), num_sources + extra))
+        slots = min(ring // slot_bytes(rows, pitch), MAX_SLOTS)
+        return Tile(warps, groups, 4 if consumers in (8, 12) else 1, chunk, rows, slots)
+
+    def chunked(warps: int) -> Tile:
+        groups = max(1, MAX_GROUP_WARPS // warps)
+        limit = tile(warps, groups, 1).registers
+        most = max(c for c in range(1, num_sources + 1) if needed(warps, c, True) <= limit)
+        return tile(warps, groups, -(-num_sources // -(-num_sources // most)))
+
+    # The least padding, then the fewest warps.
+    fitting = [w for w in range(1, MAX_GROUP_WARPS + 1) if vectors(w) <= MAX_ROW_VECTORS]
+    base = min(fitting, key=lambda w: (vectors(w) * w, w))
+    # Twice the warps halve a thread's share of the rows; at one vector a thread the overhead of a row would outweigh it.
+    doubled = [base * 2] if base * 2 <= MAX_GROUP_WARPS and vectors(base) % 2 == 0 and vectors(base) > 2 else []
+    for warps in [base, *doubled]:
+        for groups in range(min(MAX_CONSUMER_WARPS // warps, MAX_GROUPS), 0, -1):
+            whole = tile(warps, groups, num_sources)
+            if needed(warps, num_sources, False) <= whole.registers:
+                return whole
+    return min(map(chunked, [base, *doubled]), key=lambda t: len(t.chunks(num_sources)))
+
+
+def row_config(
+    op: str,
+    dtype: torch.dtype,
+    hidden_size: int,
+    num_sources: int,
+    query: torch.dtype,
+    key_weight: torch.dtype | None = None,
+    output_weight: torch.dtype | None = None,
+    *,
+    merge: bool = False,
+    delta: bool = False,
+    write_block: bool = False,
+    mixed: bool = False,
+    logits: bool = False,
+    rstd: bool = False,
+    lse: bool = False,
+    weights: bool = False,
+) -> RowConfig:
+    return RowConfig(
+        op,
+        DTYPES[dtype],
+        hidden_size,
+        num_sources,
+        PARAMETER_DTYPES[query],
+        None if key_weight is None else PARAMETER_DTYPES[key_weight],
+        None if output_weight is None else PARAMETER_DTYPES[output_weight],
+        merge=merge,
+        delta=delta,
+        write_block=write_block,
+        mixed=mixed,
+        logits=logits,
+        rstd=rstd,
+        lse=lse,
+        weights=weights,
+        tile=row_tile(hidden_size, num_sources, merge=merge, delta=delta, output_norm=output_weight is not None),
+    )
+
+
+def representative_configs() -> Iterator[tuple[str, Callable[[Any], Any], Any]]:
+    """(op, build, config) of shapes that real models have and of every path through the kernels."""
+    from cute_kernels.mix_fwd import build
+
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    saved: dict[str, Any] = {"logits": True, "rstd": True, "lse": True}
+    yield "mix_fwd", build, row_config("mix_fwd", bf16, 7168, 9, bf16)
+    yield "mix_fwd", build, row_config("mix_fwd", bf16, 4096, 5, bf16)
+    yield "mix_fwd", build, row_config("mix_fwd", bf16, 2048, 17, bf16)
+    yield "mix_fwd", build, row_config("mix_fwd", bf16, 7168, 2, bf16, **saved)
+    yield "mix_fwd", build, row_config("mix_fwd", bf16, 7168, 17, fp32, bf16, bf16, **saved, mixed=True)
+    yield "mix_fwd", build, row_config("mix_fwd", bf16, 2304, 17, bf16, bf16, weights=True)
+    yield "mix_fwd", build, row_config("mix_fwd", fp16, 2304, 5, fp16, **saved)
+    yield "mix_fwd", build, row_config("mix_fwd", fp16, 4096, 17, fp32, **saved, weights=True)
+    yield "mix_fwd", build, row_config("mix_fwd", bf16, 2048, 32, fp32, fp32, fp32, **saved, mixed=True)
+    yield "mix_fwd", build, row_config("mix_fwd", bf16, 8192, 32, bf16, weights=True)
+    yield "mix_fwd", build, row_config("mix_fwd", fp16, 384, 9, fp32, **saved)
+    yield "mix_fwd", build, row_config("mix_fwd", bf16, 8, 1, bf16)
+    yield "serve_step", build, row_config("serve_step", bf16, 7168, 9, fp32, bf16, bf16, delta=True)
+    yield "serve_step", build, row_config("serve_step", bf16, 4096, 5, bf16, bf16, bf16, delta=True, write_block=True)
+    yield "serve_step", build, row_config("serve_step", fp16, 2048, 17, bf16, fp16, fp16, delta=True)
+    yield "serve_step", build, row_config("serve_step", bf16, 7168, 1, bf16, bf16, write_block=True)
+    yield "serve_step", build, row_config("serve_step", bf16, 8192, 33, bf16, bf16, bf16, delta=True, write_block=True)
+    for hidden_size in (2048, 7168):
+        yield "phase2_fwd", build, row_config("phase2_fwd", bf16, hidden_size, 1, bf16, merge=True)
+        yield (
+            "phase2_fwd",
+            build,
+            row_config("phase2_fwd", bf16, hidden_size, 1, fp32, bf16, bf16, merge=True, delta=True),
+        )
+    yield (
+        "phase2_fwd",
+        build,
+        row_config("phase2_fwd", fp16, 4096, 1, fp16, merge=True, delta=True, logits=True, rstd=True),
+    )
+    with contextlib.suppress(ModuleNotFoundError):
+        from cute_kernels.config_phase1 import phase1_configs
+
+        yield from phase1_configs()

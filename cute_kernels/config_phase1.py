@@ -1,0 +1,292 @@
+"""What the phase 1 kernel takes, and with which tiles: cluster, warps, ring, staging, the bytes they need.
+
+A function of the static shape alone (T never matters), so nothing is tuned in a user's call. Imports neither the DSL
+nor the kernel.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cute_kernels.config import ALIGNMENT, DTYPES, ITEM_BYTES, LANES, MAX_HIDDEN_SIZE, SHARED_BYTES, VECTOR
+
+MAX_SOURCES = 32
+MAX_QUERIES = 32
+
+OCTET = 8  # rows of half an mma operand: sources in a slot, queries in a fragment
+BLOCK = 64  # columns that one step of the mix covers: 8 mma tiles of 8
+MAX_WARPS = 8
+# Of a consumer's 232 to 255 registers, what query fragments may take; the rest holds accumulators, weights and
+# addresses.
+QUERY_REGISTERS = 128
+RUN_BYTES = 512  # shorter bulk stores lost time (measured on an H200: 256-byte rows were slower than 16-byte stores)
+RING_TOKENS = 4  # more did not help (measured on an H200: three or four tokens suffice) ...
+RING_BYTES = 64 * 1024  # ... when they are this many bytes: what hides the latency of device memory
+SCRATCH_BYTES = 1024  # alignment of the allocation
+
+PRODUCER_REGISTERS = 40
+CONSUMER_REGISTERS = 232
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@dataclass(frozen=True)
+class Phase1Tile:
+    """How a cluster works on an item: the tokens whose source rows fill the 8 columns of an mma.
+
+    The hidden dimension is split over `cluster` CTAs, then over `warps` consumer warps of `blocks` blocks of 64 columns
+    each.
+    """
+
+    cluster: int
+    warps: int
+    blocks: int
+    slabs: int  # a slot of the ring holds the rows' columns of warps / slabs warps
+    slots: int
+    segment: int  # blocks of one bulk store
+    stages: int  # bulk stores of one warp that may be under way
+
+
+@dataclass(frozen=True)
+class Phase1Config:
+    """Static configuration of phase1_fwd; its repr is the key of the disk cache. dtypes are "bf16", "fp16", "fp32"."""
+
+    dtype: str
+    query: str
+    key_weight: str | None
+    hidden_size: int
+    num_sources: int
+    num_queries: int  # of one launch
+    logits: bool
+    rstd: bool
+    tile: Phase1Tile
+
+    @property
+    def split(self) -> bool:
+        """Whether a query needs two numbers of the storage dtype, high and low."""
+        return self.key_weight is not None or self.query != self.dtype
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(self.hidden_size, self.num_sources, self.num_queries, self.split)
+
+    @property
+    def threads(self) -> int:
+        return (self.tile.warps + self.producer_warps) * LANES
+
+    @property
+    def producer_warps(self) -> int:
+        """One, or a warpgroup where registers have to be moved to the consumers (setmaxnreg works on warpgroups).
+
+        Nine warps would cap every thread at 168 registers.
+        """
+        return 4 if self.tile.warps == MAX_WARPS else 1
+
+    @property
+    def shared_bytes(self) -> int:
+        return self.shape.shared_bytes(self.tile) + SCRATCH_BYTES
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A problem, and the sizes that follow from it and a tile."""
+
+    hidden_size: int
+    num_sources: int
+    num_queries: int
+    split: bool
+
+    @property
+    def octets(self) -> int:
+        """Of queries."""
+        return ceil_div(self.num_queries, OCTET)
+
+    @property
+    def operand_octets(self) -> int:
+        """Of query fragments held in registers: high parts, then low parts."""
+        return self.octets * (1 + self.split)
+
+    @property
+    def groups(self) -> int:
+        """Of 8 sources."""
+        return ceil_div(self.num_sources, OCTET)
+
+    @property
+    def tokens(self) -> int:
+        """Of one item. With few sources and at most 8 queries, several share the 8 columns of an mma; more queries are
+        work enough for an item of one token, and the output rows of several would cost registers.
+        """
+        # A power of two of columns each, so that a token's softmax sums stay within a quarter of a warp's lanes.
+        columns = min(1 << (self.num_sources - 1).bit_length(), OCTET)
+        return OCTET // columns if self.octets == 1 else 1
+
+    @property
+    def rows_per_token(self) -> int:
+        return OCTET // self.tokens
+
+    @property
+    def out_octets(self) -> int:
+        """Of output rows of one item."""
+        return self.tokens * self.octets
+
+    @property
+    def partial_bytes(self) -> int:
+        """One warp's share of an item's sums, for every group: logits [octets, 8 queries, 8 columns], squares [8]."""
+        return self.groups * (self.octets * 256 + 32)
+
+    def operand_registers(self, tile: Phase1Tile) -> int:
+        """Per thread, for query fragments."""
+        return self.operand_octets * tile.blocks * BLOCK // 8
+
+    def cta_columns(self, tile: Phase1Tile) -> int:
+        return tile.warps * tile.blocks * BLOCK
+
+    def row_bytes(self, tile: Phase1Tile) -> int:
+        """A slot's row. With 16 bytes more than the columns have, eight rows start in different banks."""
+        return self.cta_columns(tile) // tile.slabs * ITEM_BYTES + 16
+
+    def slot_bytes(self, tile: Phase1Tile) -> int:
+        return OCTET * self.row_bytes(tile)
+
+    def slots_per_item(self, tile: Phase1Tile) -> int:
+        return self.groups * tile.slabs
+
+    def stage_row_bytes(self, tile: Phase1Tile) -> int:
+        return tile.segment * BLOCK * ITEM_BYTES + 16
+
+    def stage_bytes(self, tile: Phase1Tile) -> int:
+        """One warp's staging buffer: the two octets of rows that an mma makes."""
+        return min(self.out_octets, 2) * OCTET * self.stage_row_bytes(tile)
+
+    def barriers(self, tile: Phase1Tile) -> int:
+        return 2 * tile.slots + 4
+
+    def fixed_bytes(self, tile: Phase1Tile) -> int:
+        """All but the ring: staging, two buffers of partial and of reduced sums, barriers of the longest ring."""
+        return (
+            tile.warps * tile.stages * self.stage_bytes(tile)
+            + 2 * (tile.warps + tile.cluster) * self.partial_bytes
+            + 8 * (2 * MAX_SLOTS + 4)
+        )
+
+    def shared_bytes(self, tile: Phase1Tile) -> int:
+        return self.fixed_bytes(tile) + tile.slots * self.slot_bytes(tile)
+
+
+MAX_SLOTS = 32
+
+
+def phase1_config(
+    *,
+    dtype: str,
+    query: str,
+    key_weight: str | None,
+    hidden_size: int,
+    num_sources: int,
+    num_queries: int,
+    logits: bool = False,
+    rstd: bool = False,
+) -> Phase1Config:
+    """The configuration of one launch. It may take fewer queries than asked for: the launcher then runs it in turn on
+    each part.
+
+    Sources are then read once per part, which only problems do whose queries exceed the registers of a cluster of four.
+    """
+    split = key_weight is not None or query != dtype
+    parts = [ceil_div(ceil_div(num_queries, n), OCTET) * OCTET for n in (2, 4)]
+    tiles = itertools.chain(
+        ((s, cluster) for s in (num_queries, *parts) for cluster in (1, 2, 4)),
+        ((s, 8) for s in (num_queries, *parts)),
+    )
+    for queries, cluster in tiles:
+        shape = Shape(hidden_size, num_sources, min(queries, num_queries), split)
+        tile = _tile(shape, cluster)
+        if tile:
+            return Phase1Config(
+                dtype, query, key_weight, hidden_size, num_sources, shape.num_queries, logits, rstd, tile
+            )
+    raise ValueError(f"no tile for hidden size {hidden_size}, {num_sources} sources, {num_queries} queries")
+
+
+def _tile(shape: Shape, cluster: int) -> Phase1Tile | None:
+    """The best tile with this cluster, or None when queries or rows do not fit."""
+    # From 4096 columns on, two CTAs are faster than one (measured on an H200: 0.819 -> 0.853 of copy bandwidth).
+    # Four were slower (they leave SMs idle), so larger clusters only come where queries or rows need their space.
+    if shape.hidden_size >= 4096 and cluster == 1:
+        return None
+    blocks_needed = ceil_div(shape.hidden_size, BLOCK)
+    per_cta = ceil_div(blocks_needed, cluster)
+    if (cluster - 1) * per_cta >= blocks_needed:
+        return None
+    fewest = ceil_div(per_cta, MAX_WARPS)
+    blocks = min((fewest, fewest + 1), key=lambda b: ceil_div(per_cta, b) * b)
+    warps = ceil_div(per_cta, blocks)
+    if shape.operand_octets * blocks * BLOCK // 8 > QUERY_REGISTERS:
+        return None
+    run = min(RUN_BYTES // (BLOCK * ITEM_BYTES), blocks)
+    halves = 2 if warps % 2 == 0 else 1
+    # In order of worth: three tokens in the ring and whole rows stored at once; shorter stores; a ring of half rows,
+    # which can hold two and a half tokens; whatever fits. Two tokens are the least: logits of one are made before the
+    # mix of the last.
+    choices = [
+        (slabs, tokens, segment)
+        for tokens in (3.0, 2.5, 2.0)
+        for segments in ([blocks, run], [s for s in (2, 1) if s < run])
+        for segment in segments
+        for slabs in (1, halves)
+        if tokens > 2.0 or slabs == 1
+    ]
+    choices.sort(key=lambda choice: choice[2] < run)
+    for slabs, tokens, segment in choices:
+        tile = Phase1Tile(cluster, warps, blocks, slabs, 0, segment, 1)
+        fit = (SHARED_BYTES - SCRATCH_BYTES - shape.fixed_bytes(tile)) // shape.slot_bytes(tile)
+        per_item = shape.slots_per_item(tile)
+        wanted = max(RING_TOKENS * per_item, ceil_div(RING_BYTES, shape.slot_bytes(tile)))
+        if fit >= tokens * per_item:
+            return Phase1Tile(cluster, warps, blocks, slabs, min(fit, wanted, MAX_SLOTS), segment, 1)
+    return None
+
+
+def phase1_refusal(
+    *, dtype: torch.dtype, hidden_size: int, num_sources: int, num_queries: int, byte_alignment: int
+) -> str | None:
+    """Why the phase 1 kernel cannot take this call, or None."""
+    if dtype not in DTYPES:
+        return f"dtype {str(dtype).removeprefix('torch.')} is not supported by phase1_fwd: use bfloat16 or float16"
+    if hidden_size % VECTOR or not VECTOR <= hidden_size <= MAX_HIDDEN_SIZE:
+        return f"hidden size {hidden_size} must be a multiple of {VECTOR} and at most {MAX_HIDDEN_SIZE}"
+    if not 1 <= num_sources <= MAX_SOURCES:
+        return f"{num_sources} sources: phase1_fwd takes 1 to {MAX_SOURCES}"
+    if not 1 <= num_queries <= MAX_QUERIES:
+        return f"{num_queries} queries: phase1_fwd takes 1 to {MAX_QUERIES}"
+    if byte_alignment < ALIGNMENT:
+        return f"every row must start at a multiple of {ALIGNMENT} bytes, not of {byte_alignment}"
+    return None
+
+
+def phase1_configs() -> Iterator[tuple[str, Callable[[Any], Any], Phase1Config]]:
+    """(op, build, config) of shapes that together take every path through the kernel."""
+    from cute_kernels.phase1_fwd import build
+
+    def config(hidden_size: int, num_sources: int, num_queries: int, **given: Any) -> Phase1Config:
+        given = {"dtype": "bf16", "query": "bf16", "key_weight": None} | given
+        return phase1_config(hidden_size=hidden_size, num_sources=num_sources, num_queries=num_queries, **given)
+
+    yield "phase1_fwd", build, config(2048, 4, 8)
+    yield "phase1_fwd", build, config(4096, 8, 16)
+    yield "phase1_fwd", build, config(2048, 8, 16)
+    yield "phase1_fwd", build, config(7168, 8, 16)
+    yield "phase1_fwd", build, config(2048, 8, 24)
+    yield "phase1_fwd", build, config(7168, 8, 24)
+    yield "phase1_fwd", build, config(4096, 16, 32, query="fp32", key_weight="bf16", logits=True, rstd=True)
+    yield "phase1_fwd", build, config(2304, 9, 12, dtype="fp16", query="fp16")
+    yield "phase1_fwd", build, config(8192, 32, 32, dtype="fp16", query="fp32", key_weight="fp32")
+    yield "phase1_fwd", build, config(72, 1, 1, logits=True, rstd=True)
+    yield "phase1_fwd", build, config(4104, 3, 8, query="fp32")

@@ -1,0 +1,203 @@
+"""Tensor-core products on rows in shared memory, and the few PTX instructions the DSL has no operation for.
+
+Lane layout of `mma.m16n8k16` (A row-major, B column-major, fp32 accumulators), with c = lane // 4 and q = lane % 4:
+
+    A 16x16   a0 = A[c][2q, 2q+1]   a1 = A[c+8][2q, 2q+1]   a2 = A[c][2q+8, 2q+9]   a3 = A[c+8][2q+8, 2q+9]
+    B 16x8    b0 = B[2q, 2q+1][c]   b1 = B[2q+8, 2q+9][c]
+    C 16x8    c0, c1 = C[c][2q, 2q+1]   c2, c3 = C[c+8][2q, 2q+1]
+
+Rows 0 to 7 and rows 8 to 15 of A never meet: a 16-row operand is two independent *octets* of rows, (a0, a2) and (a1,
+a3), with results (c0, c1) and (c2, c3). Two numbers of a 2-byte type in one register are a *pair*, the first in the
+lower half.
+
+Addresses are integers: bytes in shared memory (Int32) or device memory (Int64). A pointer plus an offset would lose its
+alignment, and with it the access width. What reads or writes memory is marked as having side effects, so that it keeps
+its place among barriers.
+"""
+
+import cutlass
+from cutlass import BFloat16, Boolean, Float16, Float32, Int32, Int64, Numeric
+from cutlass._mlir.dialects import llvm
+
+Pair = Int32
+Octet = tuple[Pair, Pair]
+
+_CONSTRAINT = {Int32: "r", Int64: "l", Float32: "f", Boolean: "b"}
+_PTX_TYPE = {BFloat16: "bf16", Float16: "f16"}
+
+
+def ptx(text: str, results: list[type[Numeric]], operands: list[Numeric], effects: bool) -> list[Numeric]:
+    """Inline PTX; $0.. are the results, then the operands."""
+    constraints = ["=" + _CONSTRAINT[kind] for kind in results] + [_CONSTRAINT[type(value)] for value in operands]
+    values = [value.ir_value() for value in operands]
+    types = [kind.mlir_type for kind in results]
+    result_type = None if not types else types[0] if len(types) == 1 else llvm.StructType.get_literal(types)
+    made = llvm.inline_asm(
+        result_type,
+        values,
+        text,
+        ",".join(constraints),
+        has_side_effects=effects,
+        is_align_stack=False,
+        asm_dialect=llvm.AsmDialect.AD_ATT,
+    )
+    if not results:
+        return []
+    if len(results) == 1:
+        return [results[0](made)]
+    return [kind(llvm.extractvalue(kind.mlir_type, made, [i])) for i, kind in enumerate(results)]
+
+
+def select(condition: Boolean, yes: Numeric, no: Numeric) -> Numeric:
+    return type(yes)(cutlass.select_(condition, yes, no))
+
+
+def _slots(first: int, count: int) -> str:
+    return ",".join(f"${first + i}" for i in range(count))
+
+
+def _guard(predicate: Boolean | None, index: int) -> tuple[str, list[Boolean]]:
+    """The prefix that makes an instruction conditional on operand `index`, and that operand."""
+    return ("", []) if predicate is None else (f"@${index} ", [predicate])
+
+
+# Tensor cores
+
+
+def mma(dtype: type[Numeric], a: tuple[Octet, Octet | None], b: Octet, c: list[Float32] | None) -> list[Float32]:
+    """A [16 x 16] times B [16 x 8] plus C [16 x 8] (None: zero); A as its two octets of rows (None: zeros)."""
+    (a0, a2), (a1, a3) = a[0], a[1] or (Int32(0), Int32(0))
+    operands = [a0, a1, a2, a3, *b, *(c or [Float32(0.0)])]
+    addend = _slots(10, 4) if c else "$10,$10,$10,$10"
+    kind = _PTX_TYPE[dtype]
+    kinds = f"f32.{kind}.{kind}.f32"
+    text = f"mma.sync.aligned.m16n8k16.row.col.{kinds} {{$0,$1,$2,$3}},{{$4,$5,$6,$7}},{{$8,$9}},{{{addend}}};"
+    return ptx(text, [Float32] * 4, operands, effects=False)
+
+
+def ldmatrix(address: Int32, offset: int) -> list[Pair]:
+    """Four 8x8 matrices of 2-byte elements; lane l gives the address of row l % 8 of matrix l // 8.
+
+    From each matrix a lane gets the pair (row c, columns 2q and 2q + 1): matrix rows as columns of B.
+    """
+    text = f"ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{$0,$1,$2,$3}},[$4+{offset}];"
+    return ptx(text, [Int32] * 4, [address], effects=True)
+
+
+# Pairs
+
+
+def pack(dtype: type[Numeric], first: Float32, second: Float32) -> Pair:
+    return ptx(f"cvt.rn.{_PTX_TYPE[dtype]}x2.f32 $0,$1,$2;", [Int32], [second, first], effects=False)[0]
+
+
+def unpack(dtype: type[Numeric], pair: Pair) -> tuple[Float32, Float32]:
+    if dtype is BFloat16:
+        text = "{.reg .b32 t; shl.b32 t,$2,16; mov.b32 $0,t; and.b32 t,$2,0xffff0000; mov.b32 $1,t;}"
+    else:
+        text = "{.reg .b16 l,h; mov.b32 {l,h},$2; cvt.f32.f16 $0,l; cvt.f32.f16 $1,h;}"
+    first, second = ptx(text, [Float32, Float32], [pair], effects=False)
+    return first, second
+
+
+def split_pack(dtype: type[Numeric], first: Float32, second: Float32) -> tuple[Pair, Pair]:
+    """(high, low): two pairs whose sum has twice the mantissa of one."""
+    high = pack(dtype, first, second)
+    high_first, high_second = unpack(dtype, high)
+    return high, pack(dtype, first - high_first, second - high_second)
+
+
+def power_of_two_scale(peak: Float32) -> tuple[Float32, Float32]:
+    """(2^e, 2^-e) with peak * 2^e in [2^13, 2^14): no fp16 overflow, and far from fp16's subnormals."""
+    text = (
+        "{.reg .b32 e; mov.b32 e,$2; shr.u32 e,e,23; sub.s32 e,267,e; min.s32 e,e,200; "
+        ".reg .b32 t; shl.b32 t,e,23; mov.b32 $0,t; sub.s32 e,254,e; shl.b32 t,e,23; mov.b32 $1,t;}"
+    )
+    scale, inverse = ptx(text, [Float32, Float32], [peak], effects=False)
+    return scale, inverse
+
+
+def zip_pairs(even: Pair, odd: Pair, element: int) -> Pair:
+    """(even[element], odd[element]): element 0 or 1 of two pairs as a pair."""
+    selector = 0x7632 if element else 0x5410
+    return ptx(f"prmt.b32 $0,$1,$2,0x{selector:x};", [Int32], [even, odd], effects=False)[0]
+
+
+# Shared memory
+
+
+def load_shared(kind: type[Numeric], address: Int32, offset: int, count: int) -> list[Numeric]:
+    """`count` (2 or 4) consecutive 4-byte values."""
+    text = f"ld.shared.v{count}.b32 {{{_slots(0, count)}}},[${count}+{offset}];"
+    return ptx(text, [kind] * count, [address], effects=True)
+
+
+def store_shared(address: Int32, offset: int, values: list[Numeric], predicate: Boolean | None = None) -> None:
+    """1, 2 or 4 consecutive 4-byte values."""
+    count = len(values)
+    guard, condition = _guard(predicate, count + 1)
+    width, data = ("", "$1") if count == 1 else (f".v{count}", f"{{{_slots(1, count)}}}")
+    ptx(f"{guard}st.shared{width}.b32 [$0+{offset}],{data};", [], [address, *values, *condition], effects=True)
+
+
+def store_cluster(
+    address: Int32, barrier: Int32, rank: Int32, values: list[Float32], predicate: Boolean | None = None
+) -> None:
+    """Four values into the shared memory of the cluster's CTA `rank`, at the address and with the barrier they have
+    here.
+
+    The barrier's transaction count falls by 16 bytes when they have arrived.
+    """
+    guard, condition = _guard(predicate, 7)
+    text = (
+        "{.reg .b32 d,b; mapa.shared::cluster.u32 d,$0,$2; mapa.shared::cluster.u32 b,$1,$2; "
+        f"{guard}st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [d],{{$3,$4,$5,$6}},[b];}}"
+    )
+    ptx(text, [], [address, barrier, rank, *values, *condition], effects=True)
+
+
+# Device memory
+
+
+def load_pair(dtype: type[Numeric], address: Int64, offset: int, predicate: Boolean | None) -> Pair:
+    """A pair of a read-only 2-byte type; zeros where the predicate is false."""
+    guard, condition = _guard(predicate, 2)
+    clear = "mov.b32 t,0; " if condition else ""
+    text = f"{{.reg .b32 t; {clear}{guard}ld.global.nc.b32 t,[$1+{offset}]; mov.b32 $0,t;}}"
+    return ptx(text, [Int32], [address, *condition], effects=True)[0]
+
+
+def load_two(dtype: type[Numeric], address: Int64, offset: int, predicate: Boolean | None) -> tuple[Float32, Float32]:
+    """Two consecutive read-only elements as fp32; zeros where the predicate is false."""
+    if dtype is not Float32:
+        return unpack(dtype, load_pair(dtype, address, offset, predicate))
+    guard, condition = _guard(predicate, 3)
+    clear = "mov.f32 t,0f00000000; mov.f32 u,0f00000000; " if condition else ""
+    text = f"{{.reg .f32 t,u; {clear}{guard}ld.global.nc.v2.f32 {{t,u}},[$2+{offset}]; mov.f32 $0,t; mov.f32 $1,u;}}"
+    first, second = ptx(text, [Float32, Float32], [address, *condition], effects=True)
+    return first, second
+
+
+def store_scalar(address: Int64, value: Float32, predicate: Boolean) -> None:
+    ptx("@$2 st.global.f32 [$0],$1;", [], [address, value, predicate], effects=True)
+
+
+def bulk_load(
+    shared: Int32, address: Int64, size: Int32, barrier: Int32, policy: int, predicate: Boolean | None
+) -> None:
+    """Starts copying `size` bytes (a multiple of 16) to shared memory; the barrier counts them as they arrive.
+
+    The DSL's CopyBulkG2SOp takes static sizes only; the last columns of a row that is no multiple of the tile need a
+    dynamic one.
+    """
+    guard, condition = _guard(predicate, 5)
+    text = (
+        f"{guard}cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [$0],[$1],$2,[$3],$4;"
+    )
+    ptx(text, [], [shared, address, size, barrier, Int64(policy), *condition], effects=True)
+
+
+def bulk_store(address: Int64, shared: Int32, size: Int32, predicate: Boolean) -> None:
+    """Starts copying `size` bytes (a multiple of 16) from shared memory, as part of this lane's open bulk group."""
+    text = "@$3 cp.async.bulk.global.shared::cta.bulk_group [$0],[$1],$2;"
+    ptx(text, [], [address, shared, size, predicate], effects=True)

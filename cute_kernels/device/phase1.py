@@ -1,0 +1,774 @@
+"""The kernel behind phase1_fwd: for every token, S queries attend to the same N source rows, on tensor cores.
+
+    logit_sn = scale * rstd_n * <u_s, v_n>      rstd_n = (mean(v_n^2) + eps)^(-1/2)      u = query * key_weight
+    out_s    = sum_n softmax_n(logit_s) v_n     lse_s  = log sum_n exp(logit_sn)
+
+An *item* is what fills the 8 columns of an mma: the source rows of one token, by eights, or of 2, 4 or 8 tokens when
+N <= 4 and S <= 8. (Those share mma tiles, where each has weights of zero for the others' rows: a row that is not finite
+reaches the other tokens of its item.) The hidden dimension is split over the CTAs of a cluster, then over consumer
+warps; all walk the same items. Per item, a warp does
+
+    logits     queries [16 x D-slice] times rows^T [D-slice x 8], and rows times rows^T, whose diagonal are the squares
+    exchange   sums of these over all warps and CTAs: each warp adds up one share and sends it to every CTA
+    softmax    in every warp, from the sums; weights become mma operands in place
+    mix        weights [16 x 8 high and 8 low] times rows [8 x D-slice]: both halves of K see the same rows
+    store      rows staged in shared memory, one bulk copy for each
+
+in the order logits(k + 1), softmax(k), mix(k), exchange(k + 1), so that no warp waits for a sum that was sent just
+before. One producer thread keeps a ring of slots full: 8 row pieces each, of all columns of the CTA or of half of them
+(a *slab*).
+
+Rows are read from device memory once. Deterministic: every sum has a fixed order.
+"""
+
+import math
+from typing import NamedTuple
+
+import cuda.bindings.driver as cuda
+import cutlass
+import cutlass.cute as cute
+from cutlass import BFloat16, Boolean, Float16, Float32, Int32, Int64, const_expr
+
+from cute_kernels.config import ITEM_BYTES, LANES
+from cute_kernels.config_phase1 import (
+    BLOCK,
+    CONSUMER_REGISTERS,
+    OCTET,
+    PRODUCER_REGISTERS,
+    QUERY_REGISTERS,
+    Phase1Config,
+)
+from cute_kernels.device.mma import (
+    Octet,
+    Pair,
+    bulk_load,
+    bulk_store,
+    ldmatrix,
+    load_pair,
+    load_shared,
+    load_two,
+    mma,
+    pack,
+    power_of_two_scale,
+    select,
+    split_pack,
+    store_cluster,
+    store_scalar,
+    store_shared,
+    zip_pairs,
+)
+from cute_kernels.device.pipelines import EVICT_FIRST, producer_state
+from cute_kernels.device.rows import add, exp_difference, log, reciprocal_root, tree
+
+TYPES = {"bf16": BFloat16, "fp16": Float16, "fp32": Float32}
+ITEM = ITEM_BYTES
+K_STEP = 16  # columns of one mma of the logits
+# Accumulators of the logits, for steps in turn: half the latency, and half the truncations in the tensor core's sums.
+CHAINS = 2
+
+
+class Memory:
+    """Byte addresses in shared memory, and the mbarriers."""
+
+    def __init__(self, config: Phase1Config, base: cute.Pointer):
+        shape, tile = config.shape, config.tile
+        ring_bytes = tile.slots * shape.slot_bytes(tile)
+        stage_bytes = tile.warps * tile.stages * shape.stage_bytes(tile)
+        partial_bytes = 2 * tile.warps * shape.partial_bytes
+        reduced_bytes = 2 * tile.cluster * shape.partial_bytes
+        # [slots, 8 rows, row_bytes]
+        self.ring = Int32(base.toint())
+        # [warps, stages, 8 or 16 rows, stage_row_bytes]
+        self.stage = self.ring + ring_bytes
+        # [2 buffers, warps, partial_bytes]
+        self.partial = self.stage + stage_bytes
+        # [2 buffers, CTAs of the cluster, partial_bytes]
+        self.reduced = self.partial + partial_bytes
+        barriers_at = ring_bytes + stage_bytes + partial_bytes + reduced_bytes
+        barriers = cute.recast_ptr(base + barriers_at, dtype=Int64)
+        # [slots]: the slot's bytes have landed; every warp that reads it is done
+        self.full, self.empty = barriers, barriers + tile.slots
+        # [2 buffers]: every warp's partial sums are there; every share of the totals is there
+        self.partial_ready = barriers + 2 * tile.slots
+        self.reduced_ready = self.partial_ready + 2
+        self.reduced_ready_address = self.reduced + reduced_bytes + 8 * (2 * tile.slots + 2)
+
+
+class Work(NamedTuple):
+    """Which items this cluster takes, and this CTA's part of them."""
+
+    rank: Int32  # of the CTA in its cluster
+    first: Int32
+    step: Int32
+    items: Int32
+    tokens: Int32  # T
+
+    def item(self, turn: Int32) -> Int32:
+        return self.first + turn * self.step
+
+
+class Lane(NamedTuple):
+    """A consumer thread's place: c and q are the mma coordinates of device/mma.py."""
+
+    warp: Int32
+    lane: Int32
+    c: Int32
+    q: Int32
+    slab: Int32
+    column: Int32  # first column of the warp's slice, in the whole row
+    logits_rows: Int32  # address in slot 0 that this lane gives to ldmatrix
+    mix_rows: Int32  # address in slot 0 of this lane's piece of row 2q
+
+
+class Outputs(NamedTuple):
+    out: Int64  # [S, T, D]
+    lse: Int64  # [S, T] fp32
+    logits: Int64  # [S, N, T] fp32, when wanted
+    rstd: Int64  # [N, T] fp32, when wanted
+
+
+class Queries(NamedTuple):
+    """operands[step][i]: two octets of rows; octets of high parts come first, then those of low parts.
+
+    An odd last octet has an operand for every two steps, with the next step's fragment as the second octet: what mixes
+    one step's fragment with the other's columns is left out of the sums, and no register is a mere zero. (Operands take
+    four registers in a row, so that a zero would cost as much as a fragment.)
+    """
+
+    operands: list[list[tuple[Octet, Octet]]]
+    # per octet of queries: undoes a row's power of two, or None
+    unscale: list[Float32 | None]
+
+
+class Phase1Kernel:
+    def __init__(self, config: Phase1Config):
+        self.config, self.shape, self.tile = config, config.shape, config.tile
+        self.dtype = TYPES[config.dtype]
+        self.warp_columns = self.tile.blocks * BLOCK
+        self.slab_warps = self.tile.warps // self.tile.slabs
+        # Whether the last columns of the last warps lie beyond the row's end
+        self.ragged = self.tile.cluster * self.shape.cta_columns(self.tile) != config.hidden_size
+        # Blocks that the mix loads ahead: none where queries fill the registers
+        self.ahead = 1 if self.shape.operand_registers(self.tile) < QUERY_REGISTERS else 0
+        # Whether some rows of a slot have no source
+        self.vacant_rows = config.num_sources % self.shape.rows_per_token != 0
+
+    @cute.jit
+    def __call__(
+        self,
+        sources: list,  # N addresses of [T, D]
+        strides: list,  # elements from one token to the next
+        queries: Int64,  # [S, D]
+        query_stride: Int64,
+        key_weights: Int64,  # [S, D], when there are any
+        key_weight_stride: Int64,
+        out: Int64,
+        lse: Int64,
+        logits: Int64,
+        rstd: Int64,
+        tokens: Int32,
+        eps: Float32,
+        scale: Float32,
+        grid: Int32,
+        stream: cuda.CUstream,
+    ):
+        cluster = self.tile.cluster
+        self.kernel(
+            sources,
+            strides,
+            queries,
+            query_stride,
+            key_weights,
+            key_weight_stride,
+            out,
+            lse,
+            logits,
+            rstd,
+            tokens,
+            eps,
+            scale,
+        ).launch(
+            grid=[grid, 1, 1],
+            block=[self.config.threads, 1, 1],
+            cluster=[cluster, 1, 1] if cluster > 1 else None,
+            smem=self.config.shared_bytes,
+            stream=stream,
+            min_blocks_per_mp=1,
+        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        sources: list,
+        strides: list,
+        queries: Int64,
+        query_stride: Int64,
+        key_weights: Int64,
+        key_weight_stride: Int64,
+        out: Int64,
+        lse: Int64,
+        logits: Int64,
+        rstd: Int64,
+        tokens: Int32,
+        eps: Float32,
+        scale: Float32,
+    ):
+        tile = self.tile
+        thread, _, _ = cute.arch.thread_idx()
+        block, _, _ = cute.arch.block_idx()
+        blocks, _, _ = cute.arch.grid_dim()
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        base = cutlass.utils.SmemAllocator().allocate(self.shape.shared_bytes(tile), 1024)
+        memory = Memory(self.config, base)
+        rank = Int32(0)
+        if const_expr(tile.cluster > 1):
+            rank = cute.arch.block_idx_in_cluster()
+        items = (tokens + (self.shape.tokens - 1)) // self.shape.tokens
+        first, step = block // tile.cluster, blocks // tile.cluster
+        work = Work(rank, first, step, (items - first + step - 1) // step, tokens)
+
+        if thread == 0:
+            self.init_barriers(memory)
+        if const_expr(self.ragged or self.vacant_rows):
+            self.clear(memory, thread)
+        cute.arch.mbarrier_init_fence()
+        self.sync()
+
+        if warp >= tile.warps:
+            if const_expr(self.config.producer_warps > 1):
+                cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
+            if warp == tile.warps:
+                with cute.arch.elect_one():
+                    self.produce(memory, work, sources, strides)
+                cute.arch.sync_warp()
+        else:
+            if const_expr(self.config.producer_warps > 1):
+                cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
+            outputs = Outputs(out, lse, logits, rstd)
+            lane = self.place(memory, work, warp, thread % LANES)
+            given = self.load_queries(lane, queries, query_stride, key_weights, key_weight_stride)
+            self.consume(memory, work, lane, given, outputs, eps, scale)
+        if const_expr(tile.cluster > 1):
+            # No CTA may leave while another can still write to its shared memory.
+            self.sync()
+
+    def sync(self) -> None:
+        """All threads of the cluster."""
+        cute.arch.sync_warp()
+        if self.tile.cluster > 1:
+            cute.arch.cluster_arrive()
+            cute.arch.cluster_wait()
+        else:
+            cute.arch.barrier()
+
+    def init_barriers(self, memory: Memory) -> None:
+        tile = self.tile
+        for slot in range(tile.slots):
+            cute.arch.mbarrier_init(memory.full + slot, 1)
+            cute.arch.mbarrier_init(memory.empty + slot, self.slab_warps)
+        for buffer in range(2):
+            cute.arch.mbarrier_init(memory.partial_ready + buffer, tile.warps)
+            # Over a cluster, shares arrive as bytes; the one arrival announces how many.
+            cute.arch.mbarrier_init(memory.reduced_ready + buffer, tile.warps if tile.cluster == 1 else 1)
+
+    @cute.jit
+    def clear(self, memory: Memory, thread: Int32):
+        """Zeros where no copy writes: they enter the products, and what shared memory holds at first may be a NaN."""
+        end = self.tile.slots * self.shape.slot_bytes(self.tile)
+        zero = Int32(0)
+        for offset in cutlass.range(thread * 16, end, self.config.threads * 16, unroll=1):
+            store_shared(memory.ring + offset, 0, [zero, zero, zero, zero])
+        cute.arch.fence_view_async_shared()
+
+    # Producer
+
+    @cute.jit
+    def produce(self, memory: Memory, work: Work, sources: list, strides: list):
+        """Fills the ring with the items' rows: slots in order of item, group of 8 sources, slab."""
+        state = producer_state(self.tile.slots)
+        for turn in cutlass.range(work.items, unroll=1):
+            token = work.item(turn) * self.shape.tokens
+            for group in cutlass.range_constexpr(self.shape.groups):
+                for slab in cutlass.range(self.tile.slabs, unroll=1):
+                    self.fill(memory, work, state, self.group_rows(group, token, work), slab, sources, strides)
+                    state.advance()
+
+    def group_rows(self, group: int, token: Int32, work: Work) -> list[tuple[int, int, Int32]]:
+        """(row of the slot, source, token) of a group's rows. Tokens past the end repeat the last one."""
+        shape = self.shape
+        present = range(group * OCTET, min((group + 1) * OCTET, shape.num_sources))
+        if shape.tokens == 1:
+            return [(source % OCTET, source, token) for source in present]
+        last = work.tokens - 1
+        return [
+            (k * shape.rows_per_token + source, source, cutlass.min(token + k, last))
+            for k in range(shape.tokens)
+            for source in present
+        ]
+
+    def fill(self, memory: Memory, work: Work, state, rows: list, slab: Int32, sources: list, strides: list) -> None:
+        shape, tile = self.shape, self.tile
+        slab_columns = self.slab_warps * self.warp_columns
+        column = work.rank * shape.cta_columns(tile) + slab * slab_columns
+        size, some = Int32(slab_columns * ITEM), None
+        if self.ragged:
+            size = cutlass.max(cutlass.min(size, (self.config.hidden_size - column) * ITEM), 0)
+            some = size > 0
+        cute.arch.mbarrier_wait(memory.empty + state.index, state.phase)
+        cute.arch.mbarrier_arrive_and_expect_tx(memory.full + state.index, size * len(rows))
+        slot = memory.ring + state.index * shape.slot_bytes(tile)
+        barrier = Int32((memory.full + state.index).toint())
+        for row, source, token in rows:
+            address = sources[source] + (Int64(token) * strides[source] + column) * ITEM
+            bulk_load(slot + row * shape.row_bytes(tile), address, size, barrier, EVICT_FIRST, some)
+
+    # Consumers
+
+    def place(self, memory: Memory, work: Work, warp: Int32, lane: Int32) -> Lane:
+        shape, tile = self.shape, self.tile
+        c, q = lane // 4, lane % 4
+        slab = warp // self.slab_warps
+        in_slab = (warp - slab * self.slab_warps) * (self.warp_columns * ITEM)
+        rows = memory.ring + in_slab
+        return Lane(
+            warp=warp,
+            lane=lane,
+            c=c,
+            q=q,
+            slab=slab,
+            column=work.rank * shape.cta_columns(tile) + warp * self.warp_columns,
+            # Matrix m of ldmatrix is columns 8m to 8m + 7 of the eight rows.
+            logits_rows=rows + (lane % 8) * shape.row_bytes(tile) + (lane // 8) * 16,
+            mix_rows=rows + q * 2 * shape.row_bytes(tile) + c * 16,
+        )
+
+    @cute.jit
+    def consume(self, memory, work, lane, queries, outputs, eps: Float32, scale: Float32):
+        self.logits(memory, lane, queries, Int32(0))
+        self.exchange(memory, work, lane, Int32(0))
+        for turn in cutlass.range(work.items, unroll=1):
+            if turn + 1 < work.items:
+                self.logits(memory, lane, queries, turn + 1)
+            weights = self.softmax(memory, work, lane, outputs, turn, eps, scale)
+            self.mix(memory, work, lane, outputs, turn, weights)
+            self.release(memory, lane, turn)
+            if turn + 1 < work.items:
+                self.exchange(memory, work, lane, turn + 1)
+        cute.arch.cp_async_bulk_wait_group(0)
+
+    def slot(self, lane: Lane, turn: Int32, group: int) -> tuple[Int32, Int32]:
+        """(slot, parity of its full barrier) of this warp's slab of a group.
+
+        A warp passes over the other slabs' slots, so a slot may be two laps further the next time it comes round, which
+        parity cannot tell from none. No warp is that far ahead: it needs every warp's sums of item k - 2 before it
+        begins item k, so each slot of item k - 2 has been seen full by then, and the ring is at least two items long.
+        """
+        index = turn * self.shape.slots_per_item(self.tile) + group * self.tile.slabs + lane.slab
+        return index % self.tile.slots, (index // self.tile.slots) & 1
+
+    def logits(self, memory: Memory, lane: Lane, queries: Queries, turn: Int32) -> None:
+        """This warp's share of an item's products and squares, to its partial buffer."""
+        shape, tile = self.shape, self.tile
+        share = memory.partial + ((turn & 1) * tile.warps + lane.warp) * shape.partial_bytes
+        for group in range(shape.groups):
+            slot, parity = self.slot(lane, turn, group)
+            cute.arch.mbarrier_wait(memory.full + slot, parity)
+            products, squares = self.products(lane.logits_rows + slot * shape.slot_bytes(tile), queries)
+            at = group * (shape.octets * 256 + 32)
+            for octet, pair in enumerate(products):
+                store_shared(share + lane.lane * 8, at + octet * 256, pair)
+            # The square of row n is element (n, n) of its octet: in lane 4n + n // 2, the first or second number.
+            square = select(lane.c % 2 == 0, squares[0], squares[1])
+            store_shared(share + lane.c * 4, at + shape.octets * 256, [square], lane.q == lane.c // 2)
+        cute.arch.sync_warp()
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive(memory.partial_ready + (turn & 1))
+
+    def products(self, rows: Int32, queries: Queries) -> tuple[list[list[Float32]], list[Float32]]:
+        """Over the warp's columns: (this lane's two products per octet of queries, its two of rows times rows^T)."""
+        shape = self.shape
+        count = shape.operand_octets
+        sums: list[list[list[Float32] | None]] = [[None] * CHAINS for _ in range(count // 2 + count % 2)]
+        squares: list[list[Float32] | None] = [None] * CHAINS
+        for pair_of_steps in range(self.warp_columns // (2 * K_STEP)):
+            # Columns 32i to 32i + 31 of the eight rows: operands of two steps
+            columns = ldmatrix(rows, pair_of_steps * 2 * K_STEP * ITEM)
+            for half in range(2):
+                step = 2 * pair_of_steps + half
+                chain = step % CHAINS
+                source: Octet = (columns[2 * half], columns[2 * half + 1])
+                for i, operand in enumerate(queries.operands[step]):
+                    sums[i][chain] = mma(self.dtype, operand, source, sums[i][chain])
+                squares[chain] = mma(self.dtype, (source, None), source, squares[chain])
+            # See mix_segment.
+            if pair_of_steps % 2:
+                cute.arch.sync_warp()
+        by_octet = []
+        for chains in sums[: count // 2]:
+            total = [tree(add, [chain[e] for chain in chains]) for e in range(4)]
+            by_octet += [total[:2], total[2:]]
+        if count % 2:
+            even, odd = sums[-1]
+            by_octet.append([even[e] + odd[2 + e] for e in range(2)])
+        products = by_octet[: shape.octets]
+        if shape.split:
+            low = by_octet[shape.octets : 2 * shape.octets]
+            products = [[h + l for h, l in zip(*both, strict=True)] for both in zip(products, low, strict=True)]
+        for octet, unscale in enumerate(queries.unscale):
+            if unscale is not None:
+                products[octet] = [value * unscale for value in products[octet]]
+        return products, [tree(add, [chain[e] for chain in squares]) for e in range(2)]
+
+    def exchange(self, memory: Memory, work: Work, lane: Lane, turn: Int32) -> None:
+        """Adds this warp's share of the partial sums up and sends it to every CTA of the cluster.
+
+        Two buffers of each are enough. A warp writes partial sums of item k + 2 after it has seen all totals of k, when
+        every warp is past its reads of partial sums k. It sends totals of k + 2 after it has seen all totals of k + 1,
+        when every warp of every CTA has sent its share of them (none is empty), so is past its reads of totals k.
+        """
+        shape, tile = self.shape, self.tile
+        buffer = turn & 1
+        cute.arch.mbarrier_wait(memory.partial_ready + buffer, (turn >> 1) & 1)
+        vectors = shape.partial_bytes // 16
+        begin, end = lane.warp * vectors // tile.warps, (lane.warp + 1) * vectors // tile.warps
+        partial = memory.partial + buffer * (tile.warps * shape.partial_bytes)
+        reduced = memory.reduced + (buffer * tile.cluster + work.rank) * shape.partial_bytes
+        if tile.cluster > 1:
+            self.announce_totals(memory, lane, buffer)
+        for first in range(0, -(-vectors // tile.warps), LANES):
+            vector = begin + lane.lane + first
+            mine = vector < end
+            at = cutlass.min(vector, vectors - 1) * 16
+            total = None
+            for warp in range(tile.warps):
+                share = load_shared(Float32, partial + at, warp * shape.partial_bytes, 4)
+                total = share if total is None else [t + s for t, s in zip(total, share, strict=True)]
+            if tile.cluster == 1:
+                store_shared(reduced + at, 0, total, mine)
+            else:
+                barrier = memory.reduced_ready_address + buffer * 8
+                for cta in range(tile.cluster):
+                    store_cluster(reduced + at, barrier, Int32(cta), total, mine)
+        if tile.cluster == 1:
+            cute.arch.sync_warp()
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive(memory.reduced_ready + buffer)
+
+    @cute.jit
+    def announce_totals(self, memory: Memory, lane: Lane, buffer: Int32):
+        """The barrier's one arrival. Bytes that come before it are counted too; the phase cannot end without it."""
+        if lane.warp == 0:
+            with cute.arch.elect_one():
+                size = self.tile.cluster * self.shape.partial_bytes
+                cute.arch.mbarrier_arrive_and_expect_tx(memory.reduced_ready + buffer, size)
+
+    def softmax(self, memory, work, lane, outputs, turn: Int32, eps, scale) -> list[list[tuple[Pair, Pair]]]:
+        """Weights of an item as mma operands [octet of queries][group] (high, low); every warp computes them all.
+
+        Lane (c, q) holds query c of each octet and the item's columns 2q and 2q + 1: the layout of products and of
+        operand A alike.
+        """
+        shape, tile = self.shape, self.tile
+        buffer = turn & 1
+        cute.arch.mbarrier_wait(memory.reduced_ready + buffer, (turn >> 1) & 1)
+        totals = memory.reduced + buffer * (tile.cluster * shape.partial_bytes)
+        item = work.item(turn)
+        at = [group * (shape.octets * 256 + 32) for group in range(shape.groups)]
+        rstd = []
+        for group in range(shape.groups):
+            squares = self.total(totals + lane.q * 8, at[group] + shape.octets * 256)
+            rstd.append([reciprocal_root(square * Float32(1.0 / shape.hidden_size) + eps) for square in squares])
+        weights = []
+        for octet in range(shape.octets):
+            logits = []
+            for group in range(shape.groups):
+                products = self.total(totals + lane.lane * 8, at[group] + octet * 256)
+                logits.append([scale * (r * product) for r, product in zip(rstd[group], products, strict=True)])
+            r_weights, r_lse = self.normalise(lane, logits)
+            weights.append([split_pack(self.dtype, *pair) for pair in r_weights])
+            self.store_statistics(work, lane, outputs, item, octet, logits, r_lse)
+        if self.config.rstd:
+            self.store_rstd(work, lane, outputs, item, rstd)
+        return weights
+
+    def total(self, address: Int32, offset: int) -> list[Float32]:
+        """Two numbers summed over the CTAs of the cluster."""
+        size = self.shape.partial_bytes
+        shares = [load_shared(Float32, address, offset + cta * size, 2) for cta in range(self.tile.cluster)]
+        return [tree(add, [share[e] for share in shares]) for e in range(2)]
+
+    def source(self, lane: Lane, group: int, e: int) -> Int32:
+        """The source in column 2q + e of a group."""
+        return group * OCTET + (lane.q * 2 + e) % self.shape.rows_per_token
+
+    def normalise(self, lane: Lane, logits: list[list[Float32]]) -> tuple[list[list[Float32]], list[Float32]]:
+        """(weights [group][2], lse [2]) of one query per lane; the two columns belong to one token unless N is 1."""
+        shape = self.shape
+        if self.vacant_rows:
+            absent = Float32(-math.inf)
+            logits = [
+                [select(self.source(lane, g, e) < shape.num_sources, pair[e], absent) for e in range(2)]
+                for g, pair in enumerate(logits)
+            ]
+        separate = shape.rows_per_token == 1
+        offsets = [offset for offset in (1, 2) if 2 * offset < shape.rows_per_token]
+
+        def over_sources(combine, values: list[list[Float32]]) -> list[Float32]:
+            if separate:
+                return values[0]
+            result = tree(combine, [value for pair in values for value in pair])
+            for offset in offsets:
+                result = combine(result, cute.arch.shuffle_sync_bfly(result, offset=offset))
+            return [result, result]
+
+        highest = over_sources(cute.arch.fmax, logits)
+        powers = [[exp_difference(pair[e], highest[e]) for e in range(2)] for pair in logits]
+        denominator = over_sources(add, powers)
+        inverse = [cute.arch.rcp_approx(value) for value in denominator]
+        weights = [[pair[e] * inverse[e] for e in range(2)] for pair in powers]
+        return weights, [highest[e] + log(denominator[e]) for e in range(2)]
+
+    def store_statistics(self, work, lane, outputs, item: Int32, octet: int, logits: list, r_lse: list) -> None:
+        """lse, and logits if wanted, of one octet of queries: by the first CTA, the octets by different warps.
+
+        Here and in store_rows an address is one 64-bit number of the lane and a sum that is the same for all of them,
+        which takes no vector registers: with every address written out, the compiler kept a dozen of them and spilled.
+        """
+        shape = self.shape
+        query = octet * OCTET + lane.c
+        chosen = (work.rank == 0) & (lane.warp == octet % self.tile.warps) & (query < shape.num_queries)
+        tokens = Int64(work.tokens)
+        first, in_item = item * shape.tokens, lane.q * 2 // shape.rows_per_token
+        for e in range(2 if shape.rows_per_token == 1 else 1):
+            present = chosen & (first + in_item + e < work.tokens)
+            if shape.rows_per_token > 2:
+                present = present & (lane.q % (shape.rows_per_token // 2) == 0)
+            position = (lane.c * tokens + in_item) + (octet * OCTET * tokens + first + e)
+            store_scalar(outputs.lse + position * 4, r_lse[e], present)
+        if not self.config.logits:
+            return
+        row = lane.c * shape.num_sources + self.source(lane, 0, 0)
+        for group, pair in enumerate(logits):
+            for e in range(2):
+                source, token = self.source(lane, group, e), e // shape.rows_per_token
+                present = chosen & (first + in_item + token < work.tokens) & (source < shape.num_sources)
+                rows = (octet * shape.num_sources + group) * OCTET + e % shape.rows_per_token
+                position = (row * tokens + in_item) + (rows * tokens + first + token)
+                store_scalar(outputs.logits + position * 4, pair[e], present)
+
+    def store_rstd(self, work: Work, lane: Lane, outputs: Outputs, item: Int32, rstd: list) -> None:
+        shape = self.shape
+        chosen = (work.rank == 0) & (lane.warp == 0) & (lane.c == 0)
+        tokens = Int64(work.tokens)
+        first, in_item = item * shape.tokens, lane.q * 2 // shape.rows_per_token
+        for group, pair in enumerate(rstd):
+            for e in range(2):
+                source, token = self.source(lane, group, e), e // shape.rows_per_token
+                present = chosen & (first + in_item + token < work.tokens) & (source < shape.num_sources)
+                rows = group * OCTET + e % shape.rows_per_token
+                position = (self.source(lane, 0, 0) * tokens + in_item) + (rows * tokens + first + token)
+                store_scalar(outputs.rstd + position * 4, pair[e], present)
+
+    def output_pairs(self) -> list[list[tuple[int, int]]]:
+        """The item's octets of output rows (token, octet of queries) by twos, of one token, or of one octet of them."""
+        octets = [(token, octet) for token in range(self.shape.tokens) for octet in range(self.shape.octets)]
+        return [octets[i : i + 2] for i in range(0, len(octets), 2)]
+
+    def mix(self, memory: Memory, work: Work, lane: Lane, outputs: Outputs, turn: Int32, weights: list) -> None:
+        """Output rows of an item, over the warp's columns, two octets (token, octet of queries) of them at a time."""
+        shape, tile = self.shape, self.tile
+        slots = [self.slot(lane, turn, group)[0] for group in range(shape.groups)]
+        rows = [lane.mix_rows + slot * shape.slot_bytes(tile) for slot in slots]
+        stores = 0
+        for both in self.output_pairs():
+            operands = [self.weight_operand(lane, weights, both, group) for group in range(shape.groups)]
+            for first in range(0, tile.blocks, tile.segment):
+                stage = memory.stage + (lane.warp * tile.stages + stores % tile.stages) * shape.stage_bytes(tile)
+                segment = range(first, min(first + tile.segment, tile.blocks))
+                # The store that last used this buffer has read it.
+                cute.arch.cp_async_bulk_wait_group(tile.stages - 1, read=True)
+                cute.arch.sync_warp()
+                self.mix_segment(lane, rows, operands, segment, stage, len(both))
+                cute.arch.fence_view_async_shared()
+                cute.arch.sync_warp()
+                self.store_rows(work, lane, outputs, turn, both, segment, stage)
+                stores += 1
+
+    def weight_operand(self, lane: Lane, weights: list, both: list, group: int) -> tuple[Octet, Octet | None]:
+        """Operand A of a mix: K 0 to 7 the high parts, K 8 to 15 the low parts of the weights of the group's rows."""
+        operand: list[Octet | None] = []
+        for token, octet in both:
+            high, low = weights[octet][group]
+            if self.shape.tokens > 1:
+                mask = self.token_mask(lane, token)
+                high, low = high & mask, low & mask
+            operand.append((high, low))
+        return operand[0], operand[1] if len(operand) > 1 else None
+
+    def token_mask(self, lane: Lane, token: int) -> Int32:
+        """Keeps those of a lane's two columns that are rows of the item's token."""
+        per_token = self.shape.rows_per_token
+        if per_token == 1:
+            return select(lane.q == token // 2, Int32(-65536 if token % 2 else 65535), Int32(0))
+        return select(lane.q // (per_token // 2) == token, Int32(-1), Int32(0))
+
+    def mix_segment(self, lane: Lane, rows: list, operands: list, segment: range, stage: Int32, octets: int) -> None:
+        """weights times rows for some blocks of columns, rounded, into the staging buffer.
+
+        Lane (c, q) loads columns 8c to 8c + 7 of rows 2q and 2q + 1. Column e of all these pieces is one B
+        operand [8 rows x 8], so mma e makes columns e, 8 + e, ..., 56 + e of the block, and the lane's results for all
+        e are 16 neighbouring columns.
+        """
+        shape, tile = self.shape, self.tile
+        row_bytes, stage_row = shape.row_bytes(tile), shape.stage_row_bytes(tile)
+        at = stage + lane.c * stage_row + lane.q * 32
+        steps = [(block, group) for block in segment for group in range(shape.groups)]
+
+        def load(block: int, group: int) -> tuple[list[Pair], list[Pair]]:
+            offset = block * BLOCK * ITEM
+            even = load_shared(Int32, rows[group], offset, 4)
+            return even, load_shared(Int32, rows[group], offset + row_bytes, 4)
+
+        loaded = [load(*step) for step in steps[: self.ahead]]
+        for i, (block, group) in enumerate(steps):
+            loaded += [load(*step) for step in steps[i + self.ahead : i + self.ahead + 1]]
+            even, odd = loaded.pop(0)
+            if group == 0:
+                sums: list[list[Float32] | None] = [None] * 8
+                packed: list[list[Pair]] = [[] for _ in range(4)]
+            for e in range(8):
+                source = zip_pairs(even[e // 2], odd[e // 2], e % 2)
+                sums[e] = mma(self.dtype, operands[group], (source, source), sums[e])
+                if group == shape.groups - 1 and e % 2:
+                    for k in range(2 * octets):
+                        packed[k].append(pack(self.dtype, sums[e - 1][k], sums[e][k]))
+            if group == shape.groups - 1:
+                for k in range(2 * octets):
+                    octet, half = k // 2, k % 2
+                    offset = octet * OCTET * stage_row + (block - segment.start) * BLOCK * ITEM + half * 16
+                    store_shared(at, offset, packed[k])
+            # Keeps the compiler from hoisting every block's loads and products, which spilled
+            # (measured on an H200: 0.779 -> 0.814 of copy bandwidth).
+            cute.arch.sync_warp()
+
+    def store_rows(self, work, lane, outputs, turn: Int32, both: list, segment: range, stage: Int32) -> None:
+        """Lane l < 16 stores staged row l: query l % 8 of an octet, for one token."""
+        shape, tile = self.shape, self.tile
+        (token0, octet0), (token1, octet1) = both[0], both[-1]
+        first, upper = work.item(turn) * shape.tokens, lane.lane // OCTET
+        in_octets, in_item = lane.lane % OCTET, 0
+        if octet1 > octet0:
+            in_octets = lane.lane
+        elif token1 > token0:
+            in_item = upper
+        present = (upper < len(both)) & (in_octets + octet0 * OCTET < shape.num_queries)
+        present = present & (first + token0 + in_item < work.tokens)
+        tokens = Int64(work.tokens)
+        row = (in_octets * tokens + in_item) + (octet0 * OCTET * tokens + first + token0)
+        column = lane.column + segment.start * BLOCK
+        size = Int32(len(segment) * BLOCK * ITEM)
+        if self.ragged:
+            size = cutlass.min(size, (shape.hidden_size - column) * ITEM)
+            present = present & (size > 0)
+        address = outputs.out + (row * shape.hidden_size + column) * ITEM
+        bulk_store(address, stage + lane.lane * shape.stage_row_bytes(tile), size, present)
+        cute.arch.cp_async_bulk_commit_group()
+
+    def release(self, memory: Memory, lane: Lane, turn: Int32) -> None:
+        """Gives the item's slots back to the producer."""
+        cute.arch.sync_warp()
+        for group in range(self.shape.groups):
+            slot, _ = self.slot(lane, turn, group)
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive(memory.empty + slot)
+
+    # Queries
+
+    def load_queries(self, lane: Lane, queries: Int64, query_stride, key_weights: Int64, weight_stride) -> Queries:
+        """Operand fragments of the queries over the warp's columns, kept in registers; rows past the last are zero."""
+        shape = self.shape
+        steps = self.warp_columns // K_STEP
+        high: list[list[Octet]] = [[] for _ in range(steps)]
+        low: list[list[Octet]] = [[] for _ in range(steps)]
+        unscale: list[Float32 | None] = []
+        for octet in range(shape.octets):
+            reader = QueryReader(self, lane, octet, queries, query_stride, key_weights, weight_stride)
+            scale = None
+            if shape.split and self.dtype is Float16:
+                scale, inverse = power_of_two_scale(reader.peak(self.warp_columns))
+                unscale.append(inverse)
+            else:
+                unscale.append(None)
+            for step in range(steps):
+                if not shape.split:
+                    high[step].append((reader.stored(step * K_STEP), reader.stored(step * K_STEP + 8)))
+                    continue
+                parts = []
+                for column in (step * K_STEP, step * K_STEP + 8):
+                    first, second = reader.product(Int32(column))
+                    if scale is not None:
+                        first, second = first * scale, second * scale
+                    parts.append(split_pack(self.dtype, first, second))
+                high[step].append((parts[0][0], parts[1][0]))
+                low[step].append((parts[0][1], parts[1][1]))
+        fragments = [h + l for h, l in zip(high, low, strict=True)]
+        operands = []
+        for step, fragment in enumerate(fragments):
+            pairs = [(fragment[i], fragment[i + 1]) for i in range(0, len(fragment) - 1, 2)]
+            if len(fragment) % 2:
+                even = step - step % 2
+                pairs.append((fragments[even][-1], fragments[even + 1][-1]))
+            operands.append(pairs)
+        return Queries(operands, unscale)
+
+
+class QueryReader:
+    """Query row c of an octet, columns 2q and 2q + 1 of any 8 of the warp's columns."""
+
+    def __init__(self, kernel: Phase1Kernel, lane: Lane, octet: int, queries, query_stride, key_weights, weight_stride):
+        self.config, self.lane = kernel.config, lane
+        self.ragged = kernel.ragged
+        count = self.config.num_queries
+        query = octet * OCTET + lane.c
+        self.present = query < count if (octet + 1) * OCTET > count else None
+        row = Int64(cutlass.min(query, count - 1))
+        column = lane.column + lane.q * 2
+        self.query_type = TYPES[self.config.query]
+        self.query = queries + (row * query_stride + column) * (self.query_type.width // 8)
+        self.weight_type = None
+        if self.config.key_weight is not None:
+            self.weight_type = TYPES[self.config.key_weight]
+            self.weight = key_weights + (row * weight_stride + column) * (self.weight_type.width // 8)
+
+    def inside(self, column: Int32 | int) -> Boolean | None:
+        """Whether there are such a query and such columns; None: surely."""
+        if not self.ragged:
+            return self.present
+        inside = self.lane.column + column < self.config.hidden_size
+        return inside if self.present is None else inside & self.present
+
+    def stored(self, column: int) -> Pair:
+        """The query as it is, in the storage dtype."""
+        return load_pair(self.query_type, self.query, column * ITEM, self.inside(column))
+
+    def product(self, column: Int32) -> tuple[Float32, Float32]:
+        """query * key_weight in fp32."""
+        inside = self.inside(column)
+        bytes_each = self.query_type.width // 8
+        first, second = load_two(self.query_type, self.query + Int64(column * bytes_each), 0, inside)
+        if self.weight_type is not None:
+            bytes_each = self.weight_type.width // 8
+            weights = load_two(self.weight_type, self.weight + Int64(column * bytes_each), 0, inside)
+            first, second = first * weights[0], second * weights[1]
+        return first, second
+
+    @cute.jit
+    def peak(self, columns: cutlass.Constexpr) -> Float32:
+        """The largest magnitude in the warp's part of the row."""
+        peak = Float32(0.0)
+        for column in cutlass.range(0, columns, 8, unroll=4):
+            first, second = self.product(column)
+            highest, lowest = cute.arch.fmax(first, second), cute.arch.fmax(-first, -second)
+            peak = cute.arch.fmax(peak, cute.arch.fmax(highest, lowest))
+        peak = cute.arch.fmax(peak, cute.arch.shuffle_sync_bfly(peak, offset=1))
+        return cute.arch.fmax(peak, cute.arch.shuffle_sync_bfly(peak, offset=2))

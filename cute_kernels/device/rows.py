@@ -1,0 +1,269 @@
+"""A row spread over the warps of a consumer group: vector access, reductions, softmax scalars.
+
+Thread t of a group of W warps owns the 16-byte vectors t, t + 32 W, t + 64 W, ... of every row, so that each access of a warp is one
+run of 512 bytes: free of bank conflicts in shared memory, whole sectors in device memory.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Boolean, Float32, Int32, Int64, Numeric, const_expr
+
+from cute_kernels.device.pipelines import NamedBarrier, global_row
+
+LANES = 32
+VECTOR = 8  # elements of a 16-byte vector of a 2-byte type
+LOG2_E = 1.4426950408889634
+LN_2 = 0.6931471805599453
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class RowTile:
+    """Which elements of a row a thread owns."""
+
+    elements: int
+    warps: int
+    thread: Int32
+
+    @property
+    def threads(self) -> int:
+        return self.warps * LANES
+
+    @property
+    def vectors(self) -> int:
+        """Per thread."""
+        return -(-self.elements // (self.threads * VECTOR))
+
+    @property
+    def pitch(self) -> int:
+        """The row rounded up to whole vectors for every thread."""
+        return self.vectors * self.threads * VECTOR
+
+    def view(self, row: cute.Tensor) -> cute.Tensor:
+        """This thread's (VECTOR, vectors) of a row (pitch,)."""
+        shape, stride = (VECTOR, self.threads, self.vectors), (1, VECTOR, VECTOR * self.threads)
+        return cute.make_tensor(row.iterator, cute.make_layout(shape, stride=stride))[None, self.thread, None]
+
+    def fragment(self, dtype: type[Numeric]) -> cute.Tensor:
+        return cute.make_rmem_tensor((VECTOR, self.vectors), dtype)
+
+    def is_partial(self, v: int) -> bool:
+        """Whether vector v of some threads lies beyond the row's end."""
+        return (v + 1) * self.threads * VECTOR > self.elements
+
+    def inside(self, v: int) -> Boolean:
+        return (v * self.threads + self.thread) * VECTOR < self.elements
+
+    @cute.jit
+    def load_global(self, dtype: cutlass.Constexpr, address: Int64) -> cute.Tensor:
+        """This thread's part of a vector [elements] in device memory as fp32 registers; zero beyond the end."""
+        g_part = self.view(global_row(dtype, address, 0, 0, self.pitch))
+        r_part, r_vector = self.fragment(Float32), cute.make_rmem_tensor((VECTOR,), dtype)
+        r_part.fill(0.0)
+        for v in cutlass.range_constexpr(self.vectors):
+            if const_expr(self.is_partial(v)):
+                if self.inside(v):
+                    cute.autovec_copy(g_part[None, v], r_vector)
+                    r_part[None, v].store(r_vector.load().to(Float32))
+            else:
+                cute.autovec_copy(g_part[None, v], r_vector)
+                r_part[None, v].store(r_vector.load().to(Float32))
+        return r_part
+
+    @cute.jit
+    def store_vector(self, r_vector: cute.Tensor, row: cute.Tensor, v: cutlass.Constexpr) -> None:
+        """Vector v of this thread, (VECTOR,) registers, into a row in device memory."""
+        g_vector = self.view(row)[None, v]
+        if const_expr(self.is_partial(v)):
+            if self.inside(v):
+                cute.autovec_copy(r_vector, g_vector)
+        else:
+            cute.autovec_copy(r_vector, g_vector)
+
+
+def tree(combine: Callable[[Item, Item], Item], items: list[Item]) -> Item:
+    """Combines a list pairwise, which keeps chains short."""
+    while len(items) > 1:
+        pairs = [combine(items[i], items[i + 1]) for i in range(0, len(items) - 1, 2)]
+        items = pairs + items[len(pairs) * 2 :]
+    return items[0]
+
+
+def add(a: Float32, b: Float32) -> Float32:
+    return a + b
+
+
+def select(condition: Boolean, a: Item, b: Item) -> Item:
+    return type(a)(cutlass.select_(condition, a, b))
+
+
+def warp_sum(value: Float32) -> Float32:
+    """The sum over the warp, in every lane."""
+    for offset in (16, 8, 4, 2, 1):
+        value = value + cute.arch.shuffle_sync_bfly(value, offset=offset)
+    return value
+
+
+def halve(values: list[Float32], offset: int, lane: Int32) -> list[Float32]:
+    """One level of a transposing reduction: lanes with bit `offset` clear keep the sums of the first half, the others of the rest.
+
+    n values cost ceil(n / 2) shuffles, where reducing each by itself costs n.
+    """
+    half = (len(values) + 1) // 2
+    upper = (lane & offset) != 0
+    kept = []
+    for low, high in zip(values[:half], values[half:], strict=False):
+        send = select(upper, low, high)
+        keep = select(upper, high, low)
+        kept.append(keep + cute.arch.shuffle_sync_bfly(send, offset=offset))
+    for odd in values[len(kept) : half]:
+        kept.append(odd + cute.arch.shuffle_sync_bfly(odd, offset=offset))
+    return kept
+
+
+class RowSums:
+    """Sums over a warp of two numbers for each of `count` rows: 2 * count values reduced together, each in one lane.
+
+    After `reduce`, lane l < 16 holds the first number and lane l + 16 the second number of the rows that `owner` gives to lane l, up
+    to `depth` of them (one up to 16 rows). With more lanes than values, several lanes hold the same one.
+    """
+
+    def __init__(self, count: int):
+        self.count, self.depth = count, -(-count // 16)
+
+    def owner(self, row: int) -> tuple[int, int]:
+        """(lane < 16, index) that holds `row`: `halve`'s mapping followed by hand."""
+        lane, size = 0, self.count
+        for offset in (8, 4, 2, 1):
+            half = (size + 1) // 2
+            if row >= half:
+                lane, row = lane + offset, row - half
+            size = half
+        return lane, row
+
+    def rows_of(self, lane: Int32) -> list[Int32]:
+        """The rows this lane holds in each of its `depth` places, -1 for none; lanes 16 to 31 have none."""
+        rows = [Int32(-1)] * self.depth
+        for row in range(self.count):
+            holder, place = self.owner(row)
+            rows[place] = select(lane == holder, Int32(row), rows[place])
+        return rows
+
+    def reduce(self, first: list[Float32], second: list[Float32], lane: Int32) -> list[Float32]:
+        """`depth` sums over the warp in each lane."""
+        values = first + second
+        for offset in (16, 8, 4, 2, 1):
+            values = halve(values, offset, lane)
+        return values
+
+    def pair(self, value: Float32, lane: Int32) -> tuple[Float32, Float32]:
+        """(first, second) sums of the row whose either sum this lane holds."""
+        other = cute.arch.shuffle_sync_bfly(value, offset=16)
+        upper = lane >= 16
+        return select(upper, other, value), select(upper, value, other)
+
+    def spread(self, values: list[Float32]) -> list[Float32]:
+        """What the owners hold, one value per row, in every lane."""
+        return [cute.arch.shuffle_sync(values[place], lane) for lane, place in map(self.owner, range(self.count))]
+
+
+class GroupExchange:
+    """Sums over the W warps of a group through shared memory: every warp writes, one named barrier, every warp reads.
+
+    Two buffers in turn: a warp can write buffer b again only after the barrier that follows its neighbours' reads of b. `turn`
+    counts the exchanges; a loop over tokens carries it.
+    """
+
+    def __init__(self, s_partials: cute.Tensor | None, group: Int32, warp: Int32, lane: Int32, warps: int, turn: Int32):
+        # (LANES * depth, warps, 2 buffers, groups); None for one warp
+        self.s_partials, self.group, self.warp, self.lane, self.warps = s_partials, group, warp, lane, warps
+        self.turn = turn
+
+    def sum(self, values: list[Float32]) -> list[Float32]:
+        """Each lane's values summed over the same lane of all warps."""
+        if self.warps == 1:
+            return values
+        s_buffer = self.s_partials[None, None, self.turn % 2, self.group]
+        self.turn = self.turn + 1
+        for k, value in enumerate(values):
+            s_buffer[k * LANES + self.lane, self.warp] = value
+        cute.arch.barrier(barrier_id=NamedBarrier.GROUP + self.group, number_of_threads=self.warps * LANES)
+        lanes = [k * LANES + self.lane for k in range(len(values))]
+        return [tree(add, [s_buffer[lane, w] for w in range(self.warps)]) for lane in lanes]
+
+
+def reciprocal_root(x: Float32) -> Float32:
+    """x ** -0.5 to about one ulp: the approximation (2 ulp) and one Newton step; these are per-row scalars."""
+    y = cute.math.rsqrt(x, fastmath=True)
+    return y + y * Float32(0.5) * (Float32(1.0) - x * y * y)
+
+
+def exp_difference(a: Float32, b: Float32) -> Float32:
+    """exp(a - b). Subtracting in natural units first: for large logits, scaling before would lose what the difference needs."""
+    return cute.math.exp2((a - b) * Float32(LOG2_E), fastmath=True)
+
+
+def log(x: Float32) -> Float32:
+    return cute.math.log2(x, fastmath=True) * Float32(LN_2)
+
+
+def row_products(r_row: cute.Tensor, r_u: cute.Tensor) -> tuple[Float32, Float32]:
+    """This thread's part of (<x, x>, <x, u>); two accumulators each, so that one warp alone can keep the FMA pipe busy."""
+    squares, products = [Float32(0.0)] * 2, [Float32(0.0)] * 2
+    for v in range(cute.size(r_row, mode=[1])):
+        x = unpack(r_row, v)
+        for e in range(VECTOR):
+            squares[e % 2] = squares[e % 2] + x[e] * x[e]
+            products[e % 2] = products[e % 2] + x[e] * r_u[e, v]
+    return squares[0] + squares[1], products[0] + products[1]
+
+
+def unpack(r_row: cute.Tensor, v: int) -> list[Float32]:
+    """Vector v as fp32."""
+    x = r_row[None, v].load().to(Float32)
+    return [x[e] for e in range(VECTOR)]
+
+
+def keep_packed(r_row: cute.Tensor) -> None:
+    """Hides from the compiler that the registers did not change: it would otherwise keep the fp32 values of an earlier `unpack`
+    alive for the next one, twice the registers of the packed row, and spill.
+    """
+    words = cute.recast_tensor(r_row, Int32)
+    for i in range(cute.size(words)):
+        words[i] = cute.arch.inline_ptx("mov.b32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[words[i]])
+
+
+def pack(values: list[Float32], dtype: type[Numeric]) -> cute.Tensor:
+    """Rounds fp32 values to (VECTOR,) registers of the storage type."""
+    r_values = cute.make_rmem_tensor((VECTOR,), Float32)
+    for e, value in enumerate(values):
+        r_values[e] = value
+    r_packed = cute.make_rmem_tensor((VECTOR,), dtype)
+    r_packed.store(r_values.load().to(dtype))
+    return r_packed
+
+
+def vector_fp32(address: Int64, length: Int32) -> cute.Tensor:
+    return cute.make_tensor(cute.make_ptr(Float32, address, cute.AddressSpace.gmem, assumed_align=4), cute.make_layout((length,)))
+
+
+@cute.jit
+def store_scalar(address: Int64, value: Float32, token: Int32, exchange: GroupExchange, tokens: Int32) -> None:
+    """One number per token, by one thread of the group."""
+    if (exchange.lane == 0) & (exchange.warp == 0):
+        vector_fp32(address, tokens)[token] = value
+
+
+@cute.jit
+def store_by_owner(
+    address: Int64, values: list, sums: RowSums, first: int, token: Int32, exchange: GroupExchange, tokens: Int32
+) -> None:
+    """One number per row and token into [rows, tokens], from the lanes that own the rows, by one warp of the group."""
+    for place, row in enumerate(sums.rows_of(exchange.lane)):
+        if (row >= 0) & (exchange.warp == 0):
+            vector_fp32(address + Int64(first + row) * tokens * 4, tokens)[token] = values[place]

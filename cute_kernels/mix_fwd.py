@@ -1,0 +1,124 @@
+"""Direct mix, forward: out = sum_i softmax_i(scale * rstd_i * <query * key_weight, v_i>) v_i, optionally RMS-normalised.
+
+Also builds and launches the row kernel (device/mix.py) for serve_step and phase2_fwd. Imports the DSL only to compile.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from cute_kernels.compile import cached_kernel, compile_kernel
+from cute_kernels.config import ALIGNMENT, Operands, RowConfig, row_config
+
+
+@cached_kernel
+def build(config: RowConfig) -> Any:
+    from cutlass import Float32, Int32, Int64
+    from cutlass.cute.runtime import make_fake_stream
+
+    from cute_kernels.device.mix import RowKernel
+
+    rows = [Int64(0)] * config.rows_per_token
+    operands = Operands(*[Int64(0)] * len(Operands._fields))
+    numbers = (Int32(1), Float32(1.0), Float32(1.0), Float32(1.0), Int32(1))
+    return compile_kernel(RowKernel(config), rows, rows, operands, *numbers, make_fake_stream())
+
+
+@functools.cache
+def kernel_for(*shape: Any, **flags: bool) -> Any:
+    """The compiled kernel for `row_config(*shape, **flags)`."""
+    return build(row_config(*shape, **flags))
+
+
+@functools.cache
+def sm_count(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def launch(
+    kernel: Any,
+    rows: list[torch.Tensor],  # [T, D] each, in ring order: (merged row), sources, (delta)
+    operands: Operands,
+    out: torch.Tensor,
+    eps: float,
+    output_eps: float,
+    scale: float,
+) -> None:
+    """One CTA per SM, or per token when there are fewer."""
+    tokens = out.shape[0]
+    kernel(
+        [row.data_ptr() for row in rows],
+        [row.stride(0) for row in rows],
+        operands,
+        tokens,
+        eps,
+        output_eps,
+        scale,
+        min(tokens, sm_count(out.device)),
+        torch.cuda.current_stream(out.device).cuda_stream,
+    )
+
+
+def address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def dtype_of(tensor: torch.Tensor | None) -> torch.dtype | None:
+    return None if tensor is None else tensor.dtype
+
+
+def aligned(parameter: torch.Tensor | None) -> torch.Tensor | None:
+    """A parameter vector that 16-byte loads can read: itself, or a copy of a view that starts in between."""
+    return parameter.clone() if parameter is not None and parameter.data_ptr() % ALIGNMENT else parameter
+
+
+def mix_fwd(
+    sources: list[torch.Tensor],  # L of [T, D]
+    query: torch.Tensor,  # [D]
+    key_weight: torch.Tensor | None,  # [D]
+    output_weight: torch.Tensor | None,  # [D]
+    eps: float,
+    output_eps: float,
+    scale: float,
+    out: torch.Tensor,  # [T, D]
+    mixed: torch.Tensor | None,  # [T, D]: the mix before the output norm
+    logits: torch.Tensor | None,  # [L, T] fp32
+    rstd: torch.Tensor | None,  # [L, T] fp32
+    lse: torch.Tensor | None,  # [T] fp32
+    weights: torch.Tensor | None,  # [L, T] fp32
+) -> None:
+    """Fills out and the statistics that are wanted.
+
+    Sources and outputs are bf16 or fp16, parameters bf16, fp16 or fp32; rows start at multiples of 16 bytes. logits, rstd and lse are
+    what the backward needs. Moves (L + 1) T D elements. Deterministic.
+    """
+    query, key_weight, output_weight = aligned(query), aligned(key_weight), aligned(output_weight)
+    kernel = kernel_for(
+        "mix_fwd",
+        out.dtype,
+        out.shape[1],
+        len(sources),
+        query.dtype,
+        dtype_of(key_weight),
+        dtype_of(output_weight),
+        mixed=mixed is not None,
+        logits=logits is not None,
+        rstd=rstd is not None,
+        lse=lse is not None,
+        weights=weights is not None,
+    )
+    operands = Operands(
+        query=query.data_ptr(),
+        key_weight=address(key_weight),
+        output_weight=address(output_weight),
+        out=out.data_ptr(),
+        mixed=address(mixed),
+        logits=address(logits),
+        rstd=address(rstd),
+        lse=address(lse),
+        weights=address(weights),
+    )
+    launch(kernel, sources, operands, out, eps, output_eps, scale)

@@ -1,0 +1,91 @@
+"""Phase 1, forward: S queries mix the same N sources, out_s = sum_n softmax_n(scale * rstd_n * <u_s, v_n>) v_n."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from cute_kernels.compile import cached_kernel, compile_kernel
+from cute_kernels.config import PARAMETER_DTYPES
+from cute_kernels.config_phase1 import Phase1Config, phase1_config
+
+
+@cached_kernel
+def build(config: Phase1Config) -> Any:
+    from cutlass import Float32, Int32, Int64
+    from cutlass.cute.runtime import make_fake_stream
+
+    from cute_kernels.device.phase1 import Phase1Kernel
+
+    rows = [Int64(0)] * config.num_sources
+    addresses = [Int64(0)] * 8
+    numbers = (Int32(1), Float32(1.0), Float32(1.0), Int32(1))
+    return compile_kernel(Phase1Kernel(config), rows, rows, *addresses, *numbers, make_fake_stream())
+
+
+def phase1_fwd(
+    sources: list[torch.Tensor],  # N of [T, D]
+    queries: torch.Tensor,  # [S, D]
+    key_weights: torch.Tensor | None,  # [S, D]
+    eps: float,
+    scale: float,
+    out: torch.Tensor,  # [S, T, D]
+    lse: torch.Tensor,  # [S, T] fp32
+    logits: torch.Tensor | None,  # [S, N, T] fp32
+    rstd: torch.Tensor | None,  # [N, T] fp32
+) -> None:
+    """out, lse, logits = phase 1 of all queries; rstd_n = (mean(v_n^2) + eps)^(-1/2).
+
+    Sources and out are bf16 or fp16, queries and key weights bf16, fp16 or fp32; rows start at multiples of 16 bytes.
+    Moves (N + S) T D elements, when one launch takes all queries (config_phase1). Deterministic.
+    """
+    num_queries, tokens, hidden_size = out.shape
+    shape: dict[str, Any] = {
+        "dtype": PARAMETER_DTYPES[out.dtype],
+        "query": PARAMETER_DTYPES[queries.dtype],
+        "key_weight": None if key_weights is None else PARAMETER_DTYPES[key_weights.dtype],
+        "hidden_size": hidden_size,
+        "num_sources": len(sources),
+        "logits": logits is not None,
+    }
+    stream = torch.cuda.current_stream(out.device).cuda_stream
+    addresses = [source.data_ptr() for source in sources]
+    strides = [source.stride(0) for source in sources]
+    first = 0
+    while first < num_queries:
+        # The source statistics are the same for every part of the queries.
+        wanted_rstd = rstd if first == 0 else None
+        config = phase1_config(**shape, num_queries=num_queries - first, rstd=wanted_rstd is not None)
+        build(config)(
+            addresses,
+            strides,
+            queries[first].data_ptr(),
+            queries.stride(0),
+            0 if key_weights is None else key_weights[first].data_ptr(),
+            0 if key_weights is None else key_weights.stride(0),
+            out[first].data_ptr(),
+            lse[first].data_ptr(),
+            0 if logits is None else logits[first].data_ptr(),
+            0 if wanted_rstd is None else wanted_rstd.data_ptr(),
+            tokens,
+            eps,
+            scale,
+            grid(config, tokens, sm_count(out.device)),
+            stream,
+        )
+        first += config.num_queries
+
+
+def grid(config: Phase1Config, tokens: int, sms: int) -> int:
+    """As many CTAs as run at once, or as there are items for. Clusters of 4 and 8 do not fill every GPC's SMs."""
+    cluster = config.tile.cluster
+    clusters = {1: sms, 2: sms // 2, 4: sms * 10 // 11 // 4, 8: sms * 7 // 8 // 8}[cluster]
+    items = -(-tokens // config.shape.tokens)
+    return min(items, max(clusters, 1)) * cluster
+
+
+@functools.cache
+def sm_count(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,53 @@
+"""Serving site, in place: prefix += delta, optional write of the new block, mix of blocks and prefix, output norm, in one pass."""
+
+from __future__ import annotations
+
+import torch
+
+from cute_kernels.config import Operands
+from cute_kernels.mix_fwd import address, aligned, dtype_of, kernel_for, launch
+
+
+def serve_step(
+    prefix: torch.Tensor,  # [T, D], updated in place when delta is given
+    delta: torch.Tensor | None,  # [T, D]
+    blocks: torch.Tensor,  # [T, B, D]
+    query: torch.Tensor,  # [D]
+    key_weight: torch.Tensor | None,  # [D]
+    output_weight: torch.Tensor | None,  # [D]
+    num_blocks: int,
+    block_write_idx: int,
+    eps: float,
+    output_eps: float,
+    out: torch.Tensor,  # [T, D]
+) -> None:
+    """out = mix of blocks[:, :num_blocks] and prefix + delta (rounded to the storage dtype), normalised where a weight is given.
+
+    Tensors are bf16 or fp16, parameters bf16, fp16 or fp32; rows start at multiples of 16 bytes. A row of prefix is read before
+    the same CTA writes it. Moves (num_blocks + 4) T D elements with delta, one T D more with a block write. Deterministic.
+    """
+    query, key_weight, output_weight = aligned(query), aligned(key_weight), aligned(output_weight)
+    kernel = kernel_for(
+        "serve_step",
+        out.dtype,
+        out.shape[1],
+        num_blocks + 1,
+        query.dtype,
+        dtype_of(key_weight),
+        dtype_of(output_weight),
+        delta=delta is not None,
+        write_block=block_write_idx >= 0,
+    )
+    block = blocks[:, block_write_idx] if block_write_idx >= 0 else None
+    operands = Operands(
+        query=query.data_ptr(),
+        key_weight=address(key_weight),
+        output_weight=address(output_weight),
+        out=out.data_ptr(),
+        sum=address(prefix),
+        sum_stride=prefix.stride(0),
+        block=address(block),
+        block_stride=blocks.stride(0),
+    )
+    rows = [*blocks.unbind(1)[:num_blocks], prefix]
+    launch(kernel, rows if delta is None else [*rows, delta], operands, out, eps, output_eps, 1.0)

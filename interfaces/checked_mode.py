@@ -1,0 +1,149 @@
+"""Checked mode: recompute what a call returned by the float64 oracle and raise NumericsError where a budget is broken.
+
+`ATTNRES_CHECK=off | sample | full`, or `with attnres.checked(...)`. `sample` takes 64 rows spread evenly over the tokens; gradients of
+queries and weights are sums over all tokens, so beyond 64 tokens only `full` checks those. Works the same for every backend, and costs
+a float64 evaluation per call: it is for bringing a kernel or a model up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ENVIRONMENT_VARIABLE = "ATTNRES_CHECK"
+MODES = ("off", "sample", "full")
+SAMPLED_ROWS = 64
+
+_mode: ContextVar[str | None] = ContextVar("attnres_check", default=None)
+
+
+@contextlib.contextmanager
+def checked(mode: str = "sample") -> Iterator[None]:
+    """Within it, every call and its gradient is checked: "sample" (64 rows), "full" (all rows) or "off"."""
+    token = _mode.set(_known(mode, "checked(...)"))
+    try:
+        yield
+    finally:
+        _mode.reset(token)
+
+
+def current() -> str:
+    """The mode in force: checked(...), else ATTNRES_CHECK, else "off"."""
+    mode = _mode.get()
+    if mode is None:
+        mode = _known(os.environ.get(ENVIRONMENT_VARIABLE) or "off", ENVIRONMENT_VARIABLE)
+    return mode
+
+
+def is_on() -> bool:
+    """Whether calls are to be checked. Raises where they cannot be: while a CUDA graph is captured."""
+    if current() == "off":
+        return False
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"checked mode ({current()}) cannot run while a CUDA graph is captured: the check reads results back; capture under "
+            "attnres.checked('off')"
+        )
+    return True
+
+
+def verify(
+    op: str,
+    backend: str,
+    arguments: Mapping[str, Any],
+    results: Mapping[str, Tensor | Sequence[Tensor] | None],
+    grad_outputs: Mapping[str, Tensor | None] | None = None,
+) -> None:
+    """Judges the results that are given, by the names of oracle.reference, tokens flattened to one axis."""
+    from attnres import numerics, oracle
+
+    name, value = next((n, v) for n, v in results.items() if v is not None and oracle.token_axis(n) is not None)
+    sample = value if isinstance(value, Tensor) else value[0]
+    rows = _rows(sample.shape[oracle.token_axis(name) or 0], sample.device)
+    given = {name: _pick(value, name, rows) for name, value in arguments.items()}
+    grads = {name: _pick(value, name, rows) for name, value in (grad_outputs or {}).items() if value is not None}
+    references = oracle.reference(op, given, grads)
+    for name, value in results.items():
+        if value is None or (rows is not None and oracle.token_axis(name) is None):
+            continue
+        found = _at_row(numerics.judge_reference(_pick(value, name, rows), references[name]), rows)
+        verdict = numerics.Verdict(op, name, backend, _dtype(value), _shape(value), found)
+        if not verdict.ok:
+            raise numerics.NumericsError(verdict)
+
+
+def verify_step(backend: str, arguments: Mapping[str, Any], results: Mapping[str, Tensor]) -> None:
+    """Judges a serving step: `out` by its budget, the tensors updated in place to the bit. `arguments` are as before the call."""
+    from attnres import numerics, oracle
+
+    rows = _rows(results["out"].shape[0], results["out"].device)
+    given = {name: _pick_tokens(value, rows) if name in _STEP_STORAGE else value for name, value in arguments.items()}
+    expected = oracle.step(**given)._asdict()
+    reference = oracle.reference("step", given)["out"]
+    for name, value in results.items():
+        picked = _pick_tokens(value, rows)
+        if name == "out":
+            found = numerics.judge_reference(picked, reference)
+            ok = found.ok
+        else:
+            found = numerics.judge(picked, expected[name].double(), kind="output", plain32=expected[name])
+            ok = torch.equal(_bits(picked), _bits(expected[name]))
+        if not ok:
+            raise numerics.NumericsError(
+                numerics.Verdict("step", name, backend, _dtype(value), _shape(value), _at_row(found, rows))
+            )
+
+
+_STEP_STORAGE = ("prefix", "delta", "blocks")
+
+
+def _pick_tokens(value: Any, rows: Tensor | None) -> Any:
+    return value if rows is None or value is None else value.index_select(0, rows)
+
+
+def _bits(value: Tensor) -> Tensor:
+    return value.contiguous().view(torch.int32 if value.dtype == torch.float32 else torch.int16)
+
+
+def _at_row(found: Any, rows: Tensor | None) -> Any:
+    """The measurement with its worst row as a token of the call, not of the sample."""
+    return found if rows is None else dataclasses.replace(found, worst_row=int(rows[found.worst_row % len(rows)]))
+
+
+def _rows(tokens: int, device: torch.device) -> Tensor | None:
+    """The rows to look at; None is all of them."""
+    if current() == "full" or tokens <= SAMPLED_ROWS:
+        return None
+    return torch.linspace(0, tokens - 1, SAMPLED_ROWS, device=device, dtype=torch.float64).round().long()
+
+
+def _pick(value: Any, name: str, rows: Tensor | None) -> Any:
+    from attnres import oracle
+
+    if isinstance(value, (list, tuple)):
+        return [_pick(part, name, rows) for part in value]
+    axis = oracle.token_axis(name)
+    if rows is None or axis is None or not isinstance(value, Tensor):
+        return value
+    return value.index_select(value.dim() + axis, rows)
+
+
+def _known(mode: str, origin: str) -> str:
+    if mode not in MODES:
+        raise ValueError(f"{origin}: unknown mode {mode!r}; allowed are {', '.join(MODES)}")
+    return mode
+
+
+def _dtype(value: Tensor | Sequence[Tensor]) -> str:
+    return str((value if isinstance(value, Tensor) else value[0]).dtype).removeprefix("torch.")
+
+
+def _shape(value: Tensor | Sequence[Tensor]) -> str:
+    return str(list(value.shape)) if isinstance(value, Tensor) else f"{len(value)} x {list(value[0].shape)}"

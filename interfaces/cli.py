@@ -1,0 +1,162 @@
+"""The `attnres` command: `attnres report` and `attnres info`.
+
+Exit codes: 0 all is well, 1 an error budget is broken, 2 the arguments cannot be used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from attnres import triton_interpreter
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+OPS = ("mix", "phase1", "phase2", "step")
+DTYPES = ("bf16", "fp16", "fp32", "bf16/fp32")
+BACKENDS = ("torch", "triton", "cute")
+
+
+class UnusableError(Exception):
+    """The arguments cannot be used; the message says why and what is allowed."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    try:
+        arguments = _parser().parse_args(argv)
+        triton_interpreter.use_without_gpu()
+        return _report(arguments) if arguments.command == "report" else _info()
+    except UnusableError as error:
+        print(f"attnres: {error}", file=sys.stderr)
+        return 2
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="attnres", description="Attention residuals: accuracy report and backends.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    report = commands.add_parser(
+        "report",
+        help="judge every operation on every backend against the float64 oracle",
+        description="Runs every operation x backend x dtype x shape x input, forward and gradients, against the "
+        "float64 oracle and its error budgets, compares the backends, and writes report.json and report.md. Without a "
+        "GPU Triton runs in its interpreter at small sizes and the CuTe kernels are compiled and inspected. Exit code "
+        "1: a budget is broken; 2: unusable arguments.",
+    )
+    for name, known in (("backends", BACKENDS), ("dtypes", DTYPES), ("ops", OPS)):
+        allowed = ", ".join(known)
+        report.add_argument(f"--{name}", nargs="+", metavar="NAME", help=f"some of {allowed} (default: all)")
+    report.add_argument(
+        "--inputs",
+        type=Path,
+        metavar="FILE.safetensors",
+        help="run on these activations only: sources [L, T, D], optionally queries [S, D] and rms_weight [D] (without "
+        "a GPU their first 8 tokens)",
+    )
+    out = "output folder (default: report)"
+    report.add_argument("--out", type=Path, default=Path("report"), metavar="DIR", help=out)
+    report.add_argument("--verbose", action="store_true", help="show every row on the terminal, not only the worst")
+    commands.add_parser("info", help="show backends, why one is unavailable, versions and device")
+    return parser
+
+
+def _choice(name: str, given: list[str] | None, known: Sequence[str]) -> list[str]:
+    if given is None:
+        return list(known)
+    wanted = [part for value in given for part in value.split(",") if part]
+    unknown = [part for part in wanted if part not in known]
+    if unknown or not wanted:
+        raise UnusableError(f"--{name}: {', '.join(unknown) or 'nothing given'}; allowed are {', '.join(known)}")
+    return [value for value in known if value in wanted]
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    backends = _choice("backends", arguments.backends, BACKENDS)
+    dtypes = _choice("dtypes", arguments.dtypes, DTYPES)
+    ops = _choice("ops", arguments.ops, OPS)
+
+    import torch
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from attnres import inputs, report, report_output
+    from attnres.backend import available_backends
+
+    console = _console()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        capture = inputs.load_capture(arguments.inputs) if arguments.inputs else None
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        raise UnusableError(str(error)) from error
+
+    reasons = available_backends()
+    runnable = [name for name in backends if reasons[name] is None]
+    compile_reason = None
+    if "cute" in backends and reasons["cute"] is not None:
+        compile_reason = reasons["cute"] if device.type == "cuda" else "no GPU"
+        if not _can_compile_cute():
+            if arguments.backends:
+                raise UnusableError(f"--backends cute: {reasons['cute']}")
+            console.print(f"cute is left out: {reasons['cute']}", markup=False)
+            compile_reason = None
+    for name in set(backends) - {"cute", *runnable}:
+        if arguments.backends:
+            raise UnusableError(f"--backends {name}: {reasons[name]}")
+        console.print(f"{name} is left out: {reasons[name]}", markup=False)
+    if device.type == "cpu":
+        console.print("No GPU: small sizes; Triton runs in its interpreter, CuTe kernels are compiled for sm_90a only.")
+
+    jobs = report.jobs(ops, dtypes, device, capture)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("running", total=len(jobs) if runnable else None)
+
+        def progress(done: str) -> None:
+            if done.startswith("compile "):
+                bar.update(task, total=None)
+            bar.update(task, advance=1, description=done[:60].ljust(60))
+
+        found = report.run(jobs, runnable, device, capture, compile_reason, progress)
+    report_output.to_terminal(found, console, arguments.verbose)
+    for path in report_output.write(found, arguments.out):
+        console.print(f"wrote {path}", markup=False)
+    return 0 if found.ok else 1
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    # the tables need this much, also in a log file; a narrower terminal wraps them
+    return Console(width=max(165, Console().width))
+
+
+def _can_compile_cute() -> bool:
+    # the DSL compiles, Triton's package has the disassembler
+    return all(importlib.util.find_spec(name) is not None for name in ("cutlass", "triton"))
+
+
+def _info() -> int:
+    import torch
+
+    from attnres import report
+    from attnres.backend import available_backends
+
+    console = _console()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    lines = report.describe(device)
+    lines["ATTNRES_BACKEND"] = os.environ.get("ATTNRES_BACKEND", "auto (not set)")
+    lines["ATTNRES_CHECK"] = os.environ.get("ATTNRES_CHECK", "off (not set)")
+    for name, reason in available_backends().items():
+        lines[f"backend {name}"] = "available" if reason is None else f"unavailable: {reason}"
+    width = max(map(len, lines))
+    for name, value in lines.items():
+        console.print(f"{name:<{width}}  {value}", markup=False, highlight=False, soft_wrap=True)
+    return 0

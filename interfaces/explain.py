@@ -1,0 +1,97 @@
+"""Which backend a call would get, and why."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from attnres import backend as backends
+from attnres import contracts
+from attnres.mix import attn_res
+from attnres.phase1 import phase_1
+from attnres.phase2 import phase_2
+from attnres.serve import attn_res_step
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The backend of a call's forward and of its gradient, and what every backend says to each."""
+
+    function: str
+    requested: str
+    origin: str  # what asked for it: backend=, use_backend, ATTNRES_BACKEND or the default
+    forward: str | None  # None: the call would be refused
+    backward: str | None  # None: refused, or the function has no gradient
+    refusals: dict[str, dict[str, str | None]]  # launch -> backend -> why not, None where it takes the launch
+
+    def __str__(self) -> str:
+        lines = [f"{self.function}: {self.requested} ({self.origin}) -> forward on {self.forward or 'no backend'}"]
+        if len(self.refusals) > 1:
+            lines[0] += f", gradient on {self.backward or 'no backend'}"
+        for launch, answers in self.refusals.items():
+            lines += [f"  {launch} on {name}: {reason or 'yes'}" for name, reason in answers.items()]
+        return "\n".join(lines)
+
+
+def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """What `function(*args, **kwargs)` would run on: attn_res, phase_1, phase_2 or attn_res_step, with the arguments of the call.
+
+    Nothing is launched. Raises what the call would raise for arguments that no backend can use.
+    """
+    if function not in _SPECS:
+        allowed = ", ".join(known.__name__ for known in _SPECS)
+        raise ValueError(f"function is {getattr(function, '__name__', function)!r}; allowed are {allowed}")
+    bound = inspect.signature(function).bind(*args, **kwargs)
+    bound.apply_defaults()
+    arguments = dict(bound.arguments)
+    request = backends.requested(arguments.pop("backend"))
+    specs = _SPECS[function](arguments)
+    refusals = {spec.op: {name: backends.refusal(name, spec) for name in backends.BACKENDS} for spec in specs}
+    chosen: list[str | None] = []
+    for spec, choose in zip(
+        specs, (lambda s: backends.choose(s, request), lambda s: backends.choose_backward(s, request[0]))
+    ):
+        try:
+            chosen.append(choose(spec))
+        except backends.BackendError:
+            chosen.append(None)
+    forward = chosen[0]
+    backward = chosen[1] if len(chosen) > 1 and forward is not None else None
+    return Explanation(function.__name__, *request, forward, backward, refusals)
+
+
+def _mix_specs(arguments: dict[str, Any]) -> list[backends.Spec]:
+    sources = contracts.check_mix(**arguments)
+    rows = contracts.unstack(sources, isinstance(arguments["residuals"], Tensor))
+    return [contracts.spec(op, rows, len(rows)) for op in ("mix_fwd", "mix_bwd")]
+
+
+def _phase_1_specs(arguments: dict[str, Any]) -> list[backends.Spec]:
+    sources = contracts.check_phase_1(**arguments)
+    rows = contracts.unstack(sources, isinstance(arguments["block_representations"], Tensor))
+    sites = arguments["pseudo_queries"].shape[0]
+    return [contracts.spec(op, rows, len(rows), sites) for op in ("phase1_fwd", "phase1_bwd")]
+
+
+def _phase_2_specs(arguments: dict[str, Any]) -> list[backends.Spec]:
+    contracts.check_phase_2(**arguments)
+    storage = [arguments[name] for name in ("partial_sum", "inter_out", "delta")]
+    rows = [contracts.rows(tensor) for tensor in storage if tensor is not None]
+    return [contracts.spec(op, rows) for op in ("phase2_fwd", "phase2_bwd")]
+
+
+def _step_specs(arguments: dict[str, Any]) -> list[backends.Spec]:
+    contracts.check_step(**arguments)
+    return [contracts.step_spec(arguments["prefix"], arguments["delta"], arguments["blocks"], arguments["num_blocks"])]
+
+
+_SPECS: dict[Callable[..., Any], Callable[[dict[str, Any]], list[backends.Spec]]] = {
+    attn_res: _mix_specs,
+    phase_1: _phase_1_specs,
+    phase_2: _phase_2_specs,
+    attn_res_step: _step_specs,
+}

@@ -1,0 +1,303 @@
+"""The direct mix: a softmax over all sources of a site (Full AttnRes, and Block AttnRes without the two phases)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnres import backend as backends
+from attnres import checked_mode, contracts
+from attnres.registration import Operator, needs_grad
+
+
+def attn_res(
+    query: Tensor,
+    residuals: Sequence[Tensor] | Tensor,
+    rms_weight: Tensor | None = None,
+    output_rms_weight: Tensor | None = None,
+    rms_eps: float = 1e-6,
+    scale: float = 1.0,
+    return_weights: bool = False,
+    checkpoint_level: int = 1,
+    *,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Mixes residual sources by a softmax over depth (arXiv:2603.15031, Full AttnRes).
+
+        logit_i = scale * <query * rms_weight, v_i> / sqrt(mean(v_i^2) + rms_eps)
+        out = sum_i softmax(logit)_i v_i, then RMSNorm(out, rms_eps) * output_rms_weight where that is given
+
+    Args:
+        query: pseudo-query [D] or [D, 1].
+        residuals: 1 to 64 sources [..., D] of one dtype (bfloat16, float16 or float32), or one stacked tensor [L, ..., D]. Nothing is
+            copied: each source may have its own row stride.
+        rms_weight: weight of the keys' RMSNorm [D]; None is a weight of ones.
+        output_rms_weight: weight [D] of an RMSNorm of the mix, fused: the PreNorm of the sublayer that follows.
+        rms_eps: epsilon of both norms.
+        scale: factor of the logits.
+        return_weights: also return the softmax weights [L, ...], float32, without gradient.
+        checkpoint_level: with output_rms_weight, 0 keeps the mix (float32) for the backward, 1 recomputes it.
+        backend: "auto", "cute", "triton" or "torch"; None leaves it to use_backend and ATTNRES_BACKEND.
+
+    Returns:
+        out [..., D] in the sources' dtype, or (out, weights).
+
+    query and weights may each be bfloat16, float16 or float32; their gradients come in their own dtype. Saved for the backward: the
+    inputs and, per source and token, logit and 1/rms in float32. Arithmetic is float32; the same inputs give the same bits, gradients
+    included. Least traffic: (L + 1) T D elements forward, (2 L + 1) T D backward.
+
+    Raises:
+        TypeError, ValueError: an argument cannot be used; the message names it.
+        BackendError: the named backend cannot take the call.
+    """
+    sources = contracts.check_mix(
+        query, residuals, rms_weight, output_rms_weight, rms_eps, scale, return_weights, checkpoint_level
+    )
+    differentiable = needs_grad(query, rms_weight, output_rms_weight, *sources)
+    outputs = _mix(
+        differentiable,
+        sources,
+        query,
+        rms_weight,
+        output_rms_weight,
+        rms_eps,
+        scale,
+        isinstance(residuals, Tensor),
+        differentiable,
+        checkpoint_level == 0 and output_rms_weight is not None,
+        return_weights,
+        *backends.requested(backend),
+    )
+    return (outputs[0], outputs[5]) if return_weights else outputs[0]
+
+
+def _allocate(
+    sources: list[Tensor],
+    query: Tensor,
+    key_weight: Tensor | None,
+    output_weight: Tensor | None,
+    eps: float,
+    scale: float,
+    stacked: bool,
+    save_statistics: bool,
+    save_mixed: bool,
+    want_weights: bool,
+    backend: str,
+    origin: str,
+) -> tuple[Tensor, ...]:
+    """out [..., D], mixed [T, D], logits [L, T], rstd [L, T], lse [T], weights [L, ...]; empty where not wanted."""
+    shape = sources[0].shape[1:] if stacked else sources[0].shape
+    depth = sources[0].shape[0] if stacked else len(sources)
+    *leading, size = shape
+    tokens = 1
+    for extent in leading:
+        tokens = tokens * extent
+
+    def fp32(wanted: bool, *extents: int) -> Tensor:
+        return sources[0].new_empty(extents if wanted else (0,), dtype=torch.float32)
+
+    return (
+        sources[0].new_empty(shape),
+        fp32(save_statistics and save_mixed, tokens, size),
+        fp32(save_statistics, depth, tokens),
+        fp32(save_statistics, depth, tokens),
+        fp32(save_statistics, tokens),
+        fp32(want_weights, depth, *leading),
+    )
+
+
+def _forward(
+    sources: list[Tensor],
+    query: Tensor,
+    key_weight: Tensor | None,
+    output_weight: Tensor | None,
+    eps: float,
+    scale: float,
+    stacked: bool,
+    save_statistics: bool,
+    save_mixed: bool,
+    want_weights: bool,
+    backend: str,
+    origin: str,
+) -> tuple[Tensor, ...]:
+    outputs = _allocate(
+        sources,
+        query,
+        key_weight,
+        output_weight,
+        eps,
+        scale,
+        stacked,
+        save_statistics,
+        save_mixed,
+        want_weights,
+        "",
+        "",
+    )
+    rows = contracts.unstack(sources, stacked)
+    name = backends.choose(contracts.spec("mix_fwd", rows, len(rows)), (backend, origin))
+    tokens = rows[0].shape[0]
+    if tokens == 0:
+        return outputs
+    out, mixed, logits, rstd, lse, weights = outputs
+    query = query.view(-1)
+    backends.launch(
+        "mix_fwd",
+        name,
+        query.device,
+        rows,
+        query,
+        key_weight,
+        output_weight,
+        eps,
+        eps,
+        scale,
+        out.view(tokens, -1),
+        mixed if mixed.numel() else None,
+        logits if save_statistics else None,
+        rstd if save_statistics else None,
+        lse if save_statistics else None,
+        weights.view(len(rows), tokens) if want_weights else None,
+    )
+    if checked_mode.is_on():
+        arguments = _oracle_arguments(rows, query, key_weight, output_weight, eps, scale)
+        results = {"out": out.view(tokens, -1), "weights": weights.view(len(rows), -1) if want_weights else None}
+        checked_mode.verify("mix", name, arguments, results)
+    return outputs
+
+
+def _oracle_arguments(
+    rows: list[Tensor], query: Tensor, key_weight: Tensor | None, output_weight: Tensor | None, eps: float, scale: float
+) -> dict[str, Any]:
+    return {
+        "query": query,
+        "residuals": rows,
+        "rms_weight": key_weight,
+        "output_rms_weight": output_weight,
+        "rms_eps": eps,
+        "scale": scale,
+    }
+
+
+def _allocate_gradients(
+    d_out: Tensor,
+    sources: list[Tensor],
+    query: Tensor,
+    key_weight: Tensor | None,
+    output_weight: Tensor | None,
+    mixed: Tensor,
+    logits: Tensor,
+    rstd: Tensor,
+    lse: Tensor,
+    eps: float,
+    scale: float,
+    stacked: bool,
+    backend: str,
+) -> list[Tensor]:
+    """d_sources, then d_query, d_key_weight and d_output_weight (empty where there is no such weight)."""
+    found = [source.new_empty(source.shape) for source in (*sources, query)]
+    return found + [
+        query.new_empty(0) if weight is None else weight.new_empty(weight.shape)
+        for weight in (key_weight, output_weight)
+    ]
+
+
+def _backward(
+    d_out: Tensor,
+    sources: list[Tensor],
+    query: Tensor,
+    key_weight: Tensor | None,
+    output_weight: Tensor | None,
+    mixed: Tensor,
+    logits: Tensor,
+    rstd: Tensor,
+    lse: Tensor,
+    eps: float,
+    scale: float,
+    stacked: bool,
+    backend: str,
+) -> list[Tensor]:
+    gradients = _allocate_gradients(
+        d_out, sources, query, key_weight, output_weight, mixed, logits, rstd, lse, eps, scale, stacked, backend
+    )
+    *d_sources, d_query, d_key_weight, d_output_weight = gradients
+    rows, d_rows = contracts.unstack(sources, stacked), contracts.unstack(d_sources, stacked)
+    tokens = rows[0].shape[0]
+    if tokens == 0:
+        return [gradient.zero_() for gradient in gradients]
+    d_out = contracts.rows(d_out.contiguous())
+    query, d_query = query.view(-1), d_query.view(-1)
+    d_key = None if key_weight is None else d_key_weight
+    d_output = None if output_weight is None else d_output_weight
+    name = backends.choose_backward(contracts.spec("mix_bwd", [d_out, *rows, *d_rows], len(rows)), backend)
+    backends.launch(
+        "mix_bwd",
+        name,
+        d_out.device,
+        d_out,
+        rows,
+        query,
+        key_weight,
+        output_weight,
+        eps,
+        eps,
+        scale,
+        mixed if mixed.numel() else None,
+        logits,
+        rstd,
+        lse,
+        d_rows,
+        d_query,
+        d_key,
+        d_output,
+    )
+    if checked_mode.is_on():
+        arguments = _oracle_arguments(rows, query, key_weight, output_weight, eps, scale)
+        results = {
+            "d_residuals": d_rows,
+            "d_query": d_query,
+            "d_rms_weight": d_key,
+            "d_output_rms_weight": d_output,
+        }
+        checked_mode.verify("mix", name, arguments, results, {"out": d_out})
+    return gradients
+
+
+def _save(ctx: Any, arguments: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+    sources, query, key_weight, output_weight, eps, scale, stacked, _, _, _, backend, origin = arguments
+    _, mixed, logits, rstd, lse, weights = outputs
+    ctx.mark_non_differentiable(mixed, logits, rstd, lse, weights)
+    ctx.save_for_backward(*sources, query, key_weight, output_weight, mixed, logits, rstd, lse)
+    ctx.options = (eps, scale, stacked, backend)
+
+
+def _gradient(ctx: Any, backward: Callable[..., list[Tensor]], d_out: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
+    *sources, query, key_weight, output_weight, mixed, logits, rstd, lse = ctx.saved_tensors
+    found = backward(d_out, sources, query, key_weight, output_weight, mixed, logits, rstd, lse, *ctx.options)
+    *d_sources, d_query, d_key_weight, d_output_weight = found
+    return (
+        d_sources,
+        d_query,
+        None if key_weight is None else d_key_weight,
+        None if output_weight is None else d_output_weight,
+        *(None,) * 8,
+    )
+
+
+_mix = Operator(
+    "mix",
+    "(Tensor[] sources, Tensor query, Tensor? key_weight, Tensor? output_weight, float eps, float scale, bool stacked, "
+    "bool save_statistics, bool save_mixed, bool want_weights, str backend, str origin) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor d_out, Tensor[] sources, Tensor query, Tensor? key_weight, Tensor? output_weight, Tensor mixed, Tensor logits, "
+    "Tensor rstd, Tensor lse, float eps, float scale, bool stacked, str backend) -> Tensor[]",
+    forward=_forward,
+    backward=_backward,
+    allocate_forward=_allocate,
+    allocate_backward=_allocate_gradients,
+    save=_save,
+    gradient=_gradient,
+)

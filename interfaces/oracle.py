@@ -1,0 +1,326 @@
+"""The float64 oracle: every operation's formula in plain torch, apart from all backend code.
+
+`mix`, `phase1`, `phase2` and `step` take the public arguments in any dtype, convert them to `dtype` (float64 unless
+told) and return unrounded results of that dtype. The only rounding inside is the one that belongs to an operation's
+meaning: the sum partial + delta (prefix + delta) is rounded to the storage dtype before it is used, straight through
+for the gradient, so d_delta = d_partial. `gradients` differentiates any of them by autograd.
+
+`reference` is what the accuracy report, the checked mode and the tests compare with. For every output and gradient it
+gives the float64 result and three measures of what float32 arithmetic can do on these very inputs (numerics.py turns
+them into budgets): the same formula in float32 by autograd; the closed form that kernels compute (closed_form.py);
+and that closed form's first-order rounding noise. It works through the tokens in chunks, because float64 autograd of
+a full-size problem does not fit a GPU; gradients of queries and weights are summed over the chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from attnres import closed_form
+from attnres.numerics import Kind, Reference
+
+Sources = Sequence[Tensor] | Tensor
+
+
+class Mix(NamedTuple):
+    out: Tensor  # [..., D]
+    weights: Tensor  # [L, ...]
+
+
+class Phase1(NamedTuple):
+    out: Tensor  # [S, ..., D]
+    lse: Tensor  # [S, ...]
+
+
+class Phase2(NamedTuple):
+    out: Tensor  # [..., D]
+    new_partial: Tensor  # [..., D]: partial_sum, or the rounded sum partial_sum + delta
+
+
+class Step(NamedTuple):
+    out: Tensor  # [T, D]
+    prefix: Tensor  # [T, D], storage dtype: its value after the call, to the bit
+    blocks: Tensor  # [T, B, D], storage dtype: their value after the call, to the bit
+
+
+def mix(
+    query: Tensor,
+    residuals: Sources,
+    rms_weight: Tensor | None = None,
+    output_rms_weight: Tensor | None = None,
+    rms_eps: float = 1e-6,
+    scale: float = 1.0,
+    *,
+    output_rms_eps: float | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Mix:
+    """m = sum_i p_i v_i, p = softmax_i(scale * rstd(v_i) * <query * rms_weight, v_i>); RMSNorm(m) where its weight is
+    given."""
+    sources = _stack(residuals, dtype)
+    weights = _logits(sources, query, rms_weight, rms_eps, scale).softmax(0)
+    mixed = (weights.unsqueeze(-1) * sources).sum(0)
+    return Mix(_rms_norm(mixed, output_rms_weight, rms_eps if output_rms_eps is None else output_rms_eps), weights)
+
+
+def phase1(
+    block_representations: Sources,
+    pseudo_queries: Tensor,
+    eps: float,
+    rms_weight: Tensor | None = None,
+    scale: float = 1.0,
+    *,
+    dtype: torch.dtype = torch.float64,
+) -> Phase1:
+    """The mix for each of S queries, and lse = log sum_i exp(logit_i)."""
+    sources = _stack(block_representations, dtype)
+    outs, lses = [], []
+    for site, query in enumerate(pseudo_queries):
+        logits = _logits(sources, query, _site_weight(rms_weight, site), eps, scale)
+        outs.append((logits.softmax(0).unsqueeze(-1) * sources).sum(0))
+        lses.append(logits.logsumexp(0))
+    return Phase1(torch.stack(outs), torch.stack(lses))
+
+
+def phase2(
+    partial_sum: Tensor,
+    pseudo_query: Tensor,
+    inter_out: Tensor,
+    inter_lse: Tensor,
+    eps: float,
+    rms_weight: Tensor | None = None,
+    scale: float = 1.0,
+    *,
+    delta: Tensor | None = None,
+    output_rms_weight: Tensor | None = None,
+    output_rms_eps: float | None = None,
+    dtype: torch.dtype = torch.float64,
+    storage: torch.dtype | None = None,
+) -> Phase2:
+    """h = inter_out + sigmoid(logit(x) - inter_lse) * (x - inter_out), x = partial_sum (+ delta, rounded to `storage`).
+
+    `storage` is partial_sum's dtype unless told; `reference` says so, having converted the inputs before.
+    """
+    x = partial_sum.to(dtype)
+    if delta is not None:
+        exact = x + delta.to(dtype)
+        x = exact + (exact.detach().to(storage or partial_sum.dtype).to(dtype) - exact.detach())
+    inter = inter_out.to(dtype)
+    gap = (_logits(x, pseudo_query, rms_weight, eps, scale) - inter_lse.to(dtype)).unsqueeze(-1)
+    # not inter + sigmoid(gap) * (x - inter): near a gate of 1 the share of inter_out would be lost even in float64
+    merged = torch.sigmoid(gap) * x + torch.sigmoid(-gap) * inter
+    return Phase2(_rms_norm(merged, output_rms_weight, eps if output_rms_eps is None else output_rms_eps), x)
+
+
+def step(
+    prefix: Tensor,
+    delta: Tensor | None,
+    blocks: Tensor,
+    norm_weight: Tensor | None,
+    qk_weight: Tensor,
+    output_norm_weight: Tensor | None,
+    num_blocks: int,
+    block_write_idx: int,
+    eps: float,
+    output_norm_eps: float,
+    *,
+    dtype: torch.dtype = torch.float64,
+) -> Step:
+    """The serving site, out of place: the mix of blocks[:, :num_blocks] and the updated prefix; what is written in
+    place."""
+    arguments = _step_as_mix(prefix, delta, blocks, norm_weight, qk_weight, output_norm_weight, num_blocks, eps)
+    out = mix(**arguments, output_rms_eps=output_norm_eps, dtype=dtype).out
+    updated, written = arguments["residuals"][-1], blocks.clone()
+    if block_write_idx >= 0:
+        written[:, block_write_idx] = updated
+    return Step(out, updated, written)
+
+
+def gradients(
+    function: Callable[..., Any],
+    inputs: Sequence[Tensor],
+    grad_outputs: Sequence[Tensor | None],
+    dtype: torch.dtype = torch.float64,
+) -> list[Tensor]:
+    """Gradients of `function(*inputs)` with respect to every input, by autograd in `dtype`.
+
+    grad_outputs has one entry for each output that `function` returns; None leaves that output out.
+    """
+    leaves = [value.detach().to(dtype).clone().requires_grad_() for value in inputs]
+    with torch.enable_grad():
+        outputs = function(*leaves)
+        pairs = zip([outputs] if isinstance(outputs, Tensor) else outputs, grad_outputs, strict=True)
+        used = [(value, grad.to(dtype)) for value, grad in pairs if grad is not None]
+        found = torch.autograd.grad(
+            [value for value, _ in used], leaves, [grad for _, grad in used], allow_unused=True, materialize_grads=True
+        )
+    return list(found)
+
+
+FUNCTIONS: dict[str, Callable[..., Any]] = {"mix": mix, "phase1": phase1, "phase2": phase2}
+_KINDS: dict[str, Kind] = {"weights": "statistic", "lse": "statistic"}
+_SOURCES = ("residuals", "block_representations")
+_PER_TOKEN = (*_SOURCES, "partial_sum", "delta", "inter_out", "out", "new_partial")  # token axis -2
+_PER_TOKEN_STATISTICS = ("inter_lse", "lse", "weights")  # token axis -1
+
+
+def reference(
+    op: str,
+    arguments: Mapping[str, Any],
+    grad_outputs: Mapping[str, Tensor] | None = None,
+    *,
+    chunk_tokens: int | None = None,
+) -> dict[str, Reference]:
+    """Exact results of one call, with what float32 can do: outputs by name, gradients as "d_" + argument name.
+
+    op: "mix", "phase1", "phase2" or "step". arguments: the public ones by name, leading dimensions flattened to one
+    token axis (residuals [L, T, D] or L tensors [T, D]); names with value None may be left out. grad_outputs: by
+    output name ("out", "lse", "new_partial"); with it come the gradients of all tensor arguments, residuals as one
+    stacked [L, T, D]. "step" has no gradient; its in-place results come exactly from `step`.
+    """
+    if op == "step":
+        given = dict(arguments)
+        eps = given.pop("output_norm_eps")
+        del given["block_write_idx"]
+        as_mix = {**_step_as_mix(**given), "output_rms_eps": eps}
+        return {"out": reference("mix", as_mix, chunk_tokens=chunk_tokens)["out"]}
+    tensors, options = _split(arguments)
+    storage = next(value.dtype for name, value in tensors.items() if name in _PER_TOKEN)
+    grads = {name: grad.detach() for name, grad in (grad_outputs or {}).items() if grad is not None}
+    collected: dict[str, dict[str, list[Tensor]]] = {}
+    for first, count in _chunks(tensors, chunk_tokens):
+        part = {name: _narrow(name, value, first, count) for name, value in tensors.items()}
+        part_grads = {name: _narrow(name, grad, first, count) for name, grad in grads.items()}
+        evaluations = {
+            "exact": _autograd(op, part, options, part_grads, torch.float64, storage),
+            "autograd32": _autograd(op, part, options, part_grads, torch.float32, storage),
+        }
+        evaluations["closed32"], evaluations["noise"] = closed_form.evaluate(op, part, options, part_grads, storage)
+        for which, results in evaluations.items():
+            for name, value in results.items():
+                collected.setdefault(name, {}).setdefault(which, []).append(value)
+    references = {}
+    for name, found in collected.items():
+        joined = {which: _join(name, values, noise=which == "noise") for which, values in found.items()}
+        kind: Kind = "gradient" if name.startswith("d_") else _KINDS.get(name, "output")
+        plain32 = (joined["autograd32"], joined["closed32"])
+        references[name] = Reference(joined["exact"], kind, plain32, joined["noise"], name[2:] in _SOURCES)
+    return references
+
+
+def _autograd(
+    op: str,
+    tensors: Mapping[str, Tensor],
+    options: Mapping[str, Any],
+    grads: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    storage: torch.dtype,
+) -> dict[str, Tensor]:
+    extra = {**options, "dtype": dtype, **({"storage": storage} if op == "phase2" else {})}
+    leaves = {name: value.detach().to(dtype).requires_grad_(bool(grads)) for name, value in tensors.items()}
+    with torch.enable_grad():
+        outputs = FUNCTIONS[op](**leaves, **extra)._asdict()
+        results = {name: value.detach() for name, value in outputs.items()}
+        if "delta" not in tensors:
+            results.pop("new_partial", None)
+        if grads:
+            found = torch.autograd.grad(
+                [outputs[name] for name in grads],
+                list(leaves.values()),
+                [grad.to(dtype) for grad in grads.values()],
+                allow_unused=True,
+                materialize_grads=True,
+            )
+            results |= {f"d_{name}": grad for name, grad in zip(leaves, found, strict=True)}
+    return results
+
+
+def _logits(sources: Tensor, query: Tensor, weight: Tensor | None, eps: float, scale: float) -> Tensor:
+    key = query.to(sources.dtype)
+    if weight is not None:
+        key = key * weight.to(sources.dtype)
+    return scale * (sources.square().mean(-1) + eps).rsqrt() * (key * sources).sum(-1)
+
+
+def _rms_norm(value: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    if weight is None:
+        return value
+    return value * (value.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.to(value.dtype)
+
+
+def _site_weight(weight: Tensor | None, site: int) -> Tensor | None:
+    return weight[site] if weight is not None and weight.dim() == 2 else weight
+
+
+def _stack(sources: Sources, dtype: torch.dtype) -> Tensor:
+    return sources.to(dtype) if isinstance(sources, Tensor) else torch.stack([source.to(dtype) for source in sources])
+
+
+def _step_as_mix(
+    prefix: Tensor,
+    delta: Tensor | None,
+    blocks: Tensor,
+    norm_weight: Tensor | None,
+    qk_weight: Tensor,
+    output_norm_weight: Tensor | None,
+    num_blocks: int,
+    eps: float,
+) -> dict[str, Any]:
+    updated = prefix.clone() if delta is None else (prefix.double() + delta.double()).to(prefix.dtype)
+    return {
+        "query": qk_weight,
+        "residuals": [*blocks[:, :num_blocks].unbind(1), updated],
+        "rms_weight": norm_weight,
+        "output_rms_weight": output_norm_weight,
+        "rms_eps": eps,
+    }
+
+
+def _split(arguments: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors: dict[str, Tensor] = {}
+    options: dict[str, Any] = {}
+    for name, value in arguments.items():
+        if name in _SOURCES and not isinstance(value, Tensor):
+            value = torch.stack(list(value))
+        if isinstance(value, Tensor):
+            tensors[name] = value
+        elif value is not None:
+            options[name] = value
+    return tensors, options
+
+
+def token_axis(name: str) -> int | None:
+    """The axis over tokens, from the end, of an argument, output or gradient; None where there is none."""
+    bare = name.removeprefix("d_")
+    return -2 if bare in _PER_TOKEN else -1 if bare in _PER_TOKEN_STATISTICS else None
+
+
+def _narrow(name: str, value: Tensor, first: int, count: int) -> Tensor:
+    axis = token_axis(name)
+    return value if axis is None else value.narrow(axis, first, count)
+
+
+def _join(name: str, values: Sequence[Tensor], noise: bool) -> Tensor:
+    axis = token_axis(name)
+    if axis is not None:
+        return values[0] if len(values) == 1 else torch.cat(list(values), axis)
+    if noise:
+        return torch.stack(list(values)).norm(dim=0)
+    total = values[0]
+    for value in values[1:]:
+        total = total + value
+    return total
+
+
+def _chunks(tensors: Mapping[str, Tensor], chunk_tokens: int | None) -> Iterator[tuple[int, int]]:
+    per_token = {name: value for name, value in tensors.items() if name in _PER_TOKEN}
+    largest = max(per_token.values(), key=Tensor.numel)
+    tokens, width = largest.shape[-2], max(1, largest.numel() // max(1, largest.shape[-2]))
+    # float64 autograd holds about ten tensors of this many elements
+    limit = 2**27 if largest.is_cuda else 2**23
+    count = chunk_tokens or max(1, limit // width)
+    for first in range(0, max(tokens, 1), count):
+        yield first, min(count, tokens - first)

@@ -1,0 +1,104 @@
+"""One operator, two ways in: directly (eager, a few microseconds) and through torch.library (torch.compile, export).
+
+Both share the operator's implementation and its gradient. The direct way exists because the torch.library boundary costs tens of
+microseconds of Python per call, more than a small launch takes on the GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_library = torch.library.Library("attnres", "FRAGMENT")
+
+
+class Operator:
+    """A differentiable operator.
+
+    forward(*arguments) -> tuple of new tensors and backward(*arguments) -> list of new tensors do the work; allocate_forward and
+    allocate_backward make their outputs' metadata alone (the fake implementations). save(ctx, arguments, outputs) keeps what the
+    gradient needs; gradient(ctx, backward, *grads) returns one gradient per argument. Where the schema's first argument is a
+    Tensor[], the gradient's first element is a list.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        schema: str,
+        backward_schema: str,
+        *,
+        forward: Callable[..., tuple[Tensor, ...]],
+        backward: Callable[..., list[Tensor]],
+        allocate_forward: Callable[..., tuple[Tensor, ...]],
+        allocate_backward: Callable[..., list[Tensor]],
+        save: Callable[[Any, tuple[Any, ...], tuple[Tensor, ...]], None],
+        gradient: Callable[..., tuple[Any, ...]],
+    ):
+        self._forward = forward
+        self._takes_list = schema.startswith("(Tensor[]")
+        register(name, schema, forward, allocate_forward)
+        register(f"{name}_backward", backward_schema, backward, allocate_backward)
+        self._operator = getattr(torch.ops.attnres, name)
+        backward_operator = getattr(torch.ops.attnres, f"{name}_backward")
+        torch.library.register_autograd(
+            f"attnres::{name}",
+            lambda ctx, *grads: gradient(ctx, backward_operator, *grads),
+            setup_context=lambda ctx, inputs, output: save(ctx, inputs, output),
+            lib=_library,
+        )
+        self._function = self._autograd_function(forward, backward, save, gradient)
+
+    def __call__(self, differentiable: bool, *arguments: Any) -> tuple[Tensor, ...]:
+        """The forward's outputs, part of the autograd graph when `differentiable` (see needs_grad)."""
+        if torch.compiler.is_compiling():
+            return self._operator(*arguments)
+        if differentiable:
+            return self._function.apply(*self._flat(arguments))
+        return self._forward(*arguments)
+
+    def _flat(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Tensors of a list as arguments of their own: autograd.Function does not look into lists."""
+        return (len(arguments[0]), *arguments[0], *arguments[1:]) if self._takes_list else arguments
+
+    def _nested(self, flat: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (list(flat[1 : 1 + flat[0]]), *flat[1 + flat[0] :]) if self._takes_list else flat
+
+    def _autograd_function(
+        self,
+        forward: Callable[..., tuple[Tensor, ...]],
+        backward: Callable[..., list[Tensor]],
+        save: Callable[[Any, tuple[Any, ...], tuple[Tensor, ...]], None],
+        gradient: Callable[..., tuple[Any, ...]],
+    ) -> Any:
+        nested, takes_list = self._nested, self._takes_list
+
+        class Eager(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, *flat: Any) -> tuple[Tensor, ...]:
+                arguments = nested(flat)
+                outputs = forward(*arguments)
+                save(ctx, arguments, outputs)
+                return outputs
+
+            @staticmethod
+            @torch.autograd.function.once_differentiable
+            def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+                found = gradient(ctx, backward, *grads)
+                return (None, *found[0], *found[1:]) if takes_list else found
+
+        return Eager
+
+
+def register(name: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Defines attnres::name with one implementation for every device and one for fake tensors."""
+    _library.define(name + schema)
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"attnres::{name}", fake, lib=_library)
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd will want a gradient of any of them."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)

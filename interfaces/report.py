@@ -1,0 +1,355 @@
+"""The accuracy report: every operation x backend x dtype x shape x input, forward and gradients, against oracle and
+floor.
+
+`run` calls the public functions with backend= on the named cases of inputs.py and judges every output and every
+gradient by numerics.py; then it compares the backends with each other on the same inputs. A backend that refuses a
+case gets a row with its reason, which is no error unless no backend of the run takes the case. Where CuTe cannot run,
+every one of its kernels is compiled for sm_90a instead and its registers, spills and shared memory are reported; a
+spill is a broken row.
+
+Not worse than Triton means: CuTe's error is at most 1 % above the larger of Triton's error and the floor, plus the
+error of plain float32 evaluation. Two kernels that are equally good differ by that much: a 16-bit result rounds
+another way where float32 noise pushes it over a tie, which moves the error by far less than 1 %, and float32 results
+differ by their noise. For lse and weights a tenth of their budget (3 float32 ulps) is added, for hardware exp2 and
+log2.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import platform
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from importlib import metadata as packages
+from itertools import combinations
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import attnres
+from attnres import inputs, numerics, oracle
+from attnres.backend import BackendError
+from attnres.inputs import Capture, Case, Shape
+from attnres.numerics import Measurement, Reference
+
+BACKENDS = ("torch", "triton", "cute")
+NOT_WORSE_FACTOR = 1.01
+NOT_WORSE_STATISTIC = 0.1 * numerics.STATISTIC_BUDGET
+# tokens of a user's file that are used: the interpreter is slow, and the oracle keeps ten float64 copies on the GPU
+CAPTURE_TOKENS = {"cpu": 8, "cuda": 16384}
+
+Results = dict[str, Tensor | list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tensor of one call."""
+
+    op: str
+    direction: str  # forward, gradient
+    tensor: str
+    backend: str
+    dtype: str
+    shape: str
+    kind: str
+    verdict: str  # ok, broken, refused
+    error: float | None = None
+    floor: float | None = None
+    ratio: float | None = None
+    float32: float | None = None
+    budget: float | None = None
+    largest: float | None = None
+    largest_floor: float | None = None
+    largest_budget: float | None = None
+    used: float | None = None  # share of the tighter of the two budgets
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The same tensor of two backends."""
+
+    op: str
+    tensor: str
+    dtype: str
+    shape: str
+    kind: str
+    first: str
+    second: str
+    difference: float  # relative L2, in units of the exact result
+    error_first: float
+    error_second: float
+    verdict: str = ""  # of CuTe against Triton: ok, worse
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A CuTe kernel compiled for sm_90a."""
+
+    op: str
+    config: str
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    instructions: dict[str, int]
+    verdict: str  # ok, broken
+
+
+@dataclass
+class Report:
+    metadata: dict[str, str]
+    rows: list[Row] = field(default_factory=list)
+    pairs: list[Pair] = field(default_factory=list)
+    kernels: list[Kernel] = field(default_factory=list)
+
+    @property
+    def broken(self) -> list[Row | Pair | Kernel]:
+        found: list[Row | Pair | Kernel] = [row for row in self.rows if row.verdict == "broken"]
+        found += [pair for pair in self.pairs if pair.verdict == "worse"]
+        return found + [kernel for kernel in self.kernels if kernel.verdict == "broken"]
+
+    @property
+    def ok(self) -> bool:
+        return not self.broken
+
+
+class Job(NamedTuple):
+    op: str
+    shape: Shape
+    kind: str
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.op} {self.dtype} {self.shape.for_op(self.op)} {self.kind}"
+
+
+def jobs(ops: Iterable[str], dtypes: Sequence[str], device: torch.device, capture: Capture | None = None) -> list[Job]:
+    """The cases of a run. With a capture of the user's own, those activations only."""
+    plan = inputs.GPU_PLAN if device.type == "cuda" else inputs.CPU_PLAN
+    if capture is not None:
+        layers, tokens, width = capture.sources.shape
+        queries = 2 if capture.queries is None else len(capture.queries)
+        shape = Shape(min(tokens, CAPTURE_TOKENS[device.type]), width, layers, queries)
+        return [Job(op, shape, "captured", dtype) for op in ops for dtype in dtypes]
+    return [
+        Job(op, shape, kind, dtype)
+        for op in ops
+        for shape, kinds, allowed in plan[op]
+        for dtype in dtypes
+        for kind in kinds
+        if dtype in allowed
+    ]
+
+
+def run(
+    chosen: Sequence[Job],
+    backends: Sequence[str],
+    device: torch.device,
+    capture: Capture | None = None,
+    compile_reason: str | None = None,
+    progress: Callable[[str], None] = lambda done: None,
+) -> Report:
+    """Runs the jobs on the backends (all of them able to run); compiles the CuTe kernels where compile_reason says
+    why."""
+    report = Report(describe(device))
+    if backends:
+        for job in chosen:
+            case = inputs.make_case(*job, device=device, capture=capture)
+            rows, pairs = evaluate(case, backends)
+            report.rows += rows
+            report.pairs += pairs
+            progress(str(job))
+    if compile_reason is not None:
+        report.metadata["cute"] = f"compiled, not run: {compile_reason}"
+        for kernel in compiled_kernels():
+            report.kernels.append(kernel)
+            progress(f"compile {kernel.op}")
+    return report
+
+
+def evaluate(case: Case, backends: Sequence[str]) -> tuple[list[Row], list[Pair]]:
+    """The rows of one case, and its backends compared."""
+    references = oracle.reference(case.op, case.arguments, case.grad_outputs)
+    rows: list[Row] = []
+    results: dict[str, Results] = {}
+    refusals: dict[str, str] = {}
+    for backend in backends:
+        try:
+            results[backend] = call(case, backend)
+        except BackendError as error:
+            refusals[backend] = str(error)
+    for backend, reason in refusals.items():
+        note = reason if results else f"no backend of this run takes it: {reason}"
+        rows.append(_row(case, "forward", "", backend, "refused" if results else "broken", note=note))
+    measured: dict[str, dict[str, Measurement]] = {}
+    for backend, found in results.items():
+        measured[backend] = numerics.judge_all(found, references)
+        for name, measurement in measured[backend].items():
+            rows.append(_measured_row(case, name, backend, measurement))
+        if case.op == "step":
+            rows += _in_place_rows(case, backend, found)
+    pairs = [
+        _pair(case, name, reference, (first, second), results, measured)
+        for first, second in combinations(results, 2)
+        for name, reference in references.items()
+    ]
+    return rows, pairs
+
+
+def call(case: Case, backend: str) -> Results:
+    """Outputs and gradients of one public call, by the names of oracle.reference; for the step, prefix and blocks
+    too."""
+    given = dict(case.arguments)
+    if case.op == "step":
+        given |= {"prefix": given["prefix"].clone(), "blocks": given["blocks"].clone()}
+        out = attnres.attn_res_step(**given, backend=backend)
+        return {"out": out, "prefix": given["prefix"], "blocks": given["blocks"]}
+    leaves = {name: _leaves(value) for name, value in given.items() if isinstance(value, (Tensor, list))}
+    given |= leaves
+    outputs: dict[str, Tensor]
+    if case.op == "mix":
+        given |= {"return_weights": True, "checkpoint_level": case.shape.checkpoint_level}
+        outputs = _named(attnres.attn_res(**given, backend=backend), "out", "weights")
+    elif case.op == "phase1":
+        outputs = _named(attnres.phase_1(**given, backend=backend), "out", "lse")
+    else:
+        outputs = _named(attnres.phase_2(**given, backend=backend), "out", "new_partial")
+    flat = [leaf for value in leaves.values() for leaf in (value if isinstance(value, list) else [value])]
+    upstream = case.grad_outputs
+    found = iter(torch.autograd.grad([outputs[name] for name in upstream], flat, list(upstream.values())))
+    results: Results = {name: value.detach() for name, value in outputs.items()}
+    for name, value in leaves.items():
+        results[f"d_{name}"] = [next(found) for _ in value] if isinstance(value, list) else next(found)
+    return results
+
+
+def compiled_kernels() -> Iterator[Kernel]:
+    """Every CuTe kernel, compiled for sm_90a and inspected."""
+    from cute_kernels.inspect import compile_all
+
+    for found in compile_all():
+        verdict = "broken" if found.spill_bytes else "ok"
+        counts = dict(found.instructions)
+        yield Kernel(found.op, found.config, found.registers, found.spill_bytes, found.shared_bytes, counts, verdict)
+
+
+def describe(device: torch.device) -> dict[str, str]:
+    """Where and with what a run was made."""
+    found = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})",
+        "python": platform.python_version(),
+        "kernel sources": source_digest(),
+    }
+    for package in ("attnres", "torch", "triton", "nvidia-cutlass-dsl"):
+        try:
+            found[package] = packages.version(package)
+        except packages.PackageNotFoundError:
+            found[package] = "not installed"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        found["triton"] += " (interpreter)"
+    return found
+
+
+def source_digest() -> str:
+    """sha256 over the paths and contents of the Python sources of attnres, cute_kernels and triton_ref, sorted by
+    path."""
+    import cute_kernels
+    import triton_ref
+
+    digest = hashlib.sha256()
+    for package in (attnres, cute_kernels, triton_ref):
+        assert package.__file__ is not None
+        root = Path(package.__file__).parent
+        for path in sorted(root.rglob("*.py")):
+            digest.update(f"{package.__name__}/{path.relative_to(root).as_posix()}\0".encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _leaves(value: Tensor | list[Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_leaves(each) for each in value]
+    return value.detach().clone().requires_grad_()
+
+
+def _named(values: Tensor | tuple[Tensor, ...], *names: str) -> dict[str, Tensor]:
+    return dict(zip(names, (values,) if isinstance(values, Tensor) else values, strict=False))
+
+
+def _row(case: Case, direction: str, tensor: str, backend: str, verdict: str, **numbers: Any) -> Row:
+    return Row(case.op, direction, tensor, backend, case.dtype, case.shape_name, case.kind, verdict, **numbers)
+
+
+def _measured_row(case: Case, name: str, backend: str, found: Measurement) -> Row:
+    return _row(
+        case,
+        "gradient" if name.startswith("d_") else "forward",
+        name,
+        backend,
+        "ok" if found.ok else "broken",
+        error=found.error,
+        floor=found.floor,
+        ratio=found.ratio,
+        float32=found.float32,
+        budget=found.budget,
+        largest=found.largest,
+        largest_floor=found.largest_floor,
+        largest_budget=found.largest_budget,
+        used=found.severity,
+    )
+
+
+def _in_place_rows(case: Case, backend: str, found: Results) -> list[Row]:
+    expected = oracle.step(**case.arguments)
+    rows = []
+    for name, want in (("prefix", expected.prefix), ("blocks", expected.blocks)):
+        got = found[name]
+        assert isinstance(got, Tensor)
+        same = torch.equal(_bits(got), _bits(want))
+        note = "in place, to the bit" if same else f"{int((_bits(got) != _bits(want)).sum())} elements differ"
+        used = 0.0 if same else math.inf
+        rows.append(_row(case, "forward", name, backend, "ok" if same else "broken", used=used, note=note))
+    return rows
+
+
+def _bits(value: Tensor) -> Tensor:
+    return value.view(torch.int32 if value.dtype == torch.float32 else torch.int16)
+
+
+def _pair(
+    case: Case,
+    name: str,
+    reference: Reference,
+    backends: tuple[str, str],
+    results: Mapping[str, Results],
+    measured: Mapping[str, Mapping[str, Measurement]],
+) -> Pair:
+    first, second = backends
+    values = [results[backend][name] for backend in backends]
+    # one source after the other: their float64 copies need not fit together
+    parts = list(zip(*values, reference.exact, strict=True)) if reference.per_source else [(*values, reference.exact)]
+    size = sum(float(exact.square().sum()) for _, _, exact in parts) ** 0.5 or 1.0
+    errors = {
+        backend: sum(float((part[index].double() - part[2]).square().sum()) for part in parts) ** 0.5 / size
+        for index, backend in enumerate(backends)
+    }
+    difference = sum(float((a.double() - b.double()).square().sum()) for a, b, _ in parts) ** 0.5 / size
+    verdict = ""
+    if set(backends) == {"cute", "triton"}:
+        fine = not_worse(errors["cute"], errors["triton"], measured["cute"][name], reference.kind)
+        verdict = "ok" if fine else "worse"
+    where = (case.op, name, case.dtype, case.shape_name, case.kind)
+    return Pair(*where, first, second, difference, errors[first], errors[second], verdict)
+
+
+def not_worse(cute: float, triton: float, measured: Measurement, kind: numerics.Kind) -> bool:
+    """Whether CuTe's error is Triton's, within the tolerance of the module's docstring; `measured` has floor and
+    float32."""
+    allowed = NOT_WORSE_FACTOR * max(triton, measured.floor) + measured.float32
+    return cute <= allowed + (NOT_WORSE_STATISTIC if kind == "statistic" else 0.0)

@@ -1,0 +1,144 @@
+"""The serving site: residual add, block write, mix and output norm of one AttnRes site in one pass, in place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attnres import backend as backends
+from attnres import checked_mode, contracts
+from attnres.registration import register
+
+
+def attn_res_step(
+    prefix: Tensor,
+    delta: Tensor | None,
+    blocks: Tensor,
+    norm_weight: Tensor | None,
+    qk_weight: Tensor,
+    output_norm_weight: Tensor | None,
+    num_blocks: int,
+    block_write_idx: int,
+    eps: float,
+    output_norm_eps: float,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """One site of a serving model (the argument list of vLLM's Kimi K3 `attn_res`). In place, without gradient.
+
+        prefix += delta, rounded to prefix's dtype before it is used; blocks[:, block_write_idx] = prefix where the index is >= 0
+        out = the mix of blocks[:, :num_blocks] and prefix under the query qk_weight, then RMSNorm(out) * output_norm_weight
+
+    Args:
+        prefix: running sum of the current block [T, D], bfloat16, float16 or float32; updated in place when delta is given.
+        delta: output of the last sublayer [T, D], or None.
+        blocks: finished block representations [T, B, D] with any token and block strides.
+        norm_weight: weight of the keys' RMSNorm [D]; None is a weight of ones.
+        qk_weight: the site's query [D].
+        output_norm_weight: weight of the output norm [D], or None for no norm.
+        num_blocks: how many blocks take part, 0 to min(B, 63); with 0 the mix is prefix itself.
+        block_write_idx: where to store the updated prefix: -1 for nowhere, else num_blocks to B - 1.
+        eps, output_norm_eps: epsilons of the keys' and of the output norm.
+        backend: "auto", "cute", "triton" or "torch"; None leaves it to use_backend and ATTNRES_BACKEND.
+
+    Returns:
+        out [T, D] in prefix's dtype.
+
+    Least traffic: (num_blocks + 4) T D elements with delta, and one more for a block write.
+
+    Raises:
+        TypeError, ValueError: an argument cannot be used, or one requires grad; the message names it.
+        BackendError: the named backend cannot take the call.
+    """
+    contracts.check_step(
+        prefix,
+        delta,
+        blocks,
+        norm_weight,
+        qk_weight,
+        output_norm_weight,
+        num_blocks,
+        block_write_idx,
+        eps,
+        output_norm_eps,
+    )
+    run = torch.ops.attnres.step if torch.compiler.is_compiling() else _step
+    return run(
+        prefix,
+        delta,
+        blocks,
+        norm_weight,
+        qk_weight,
+        output_norm_weight,
+        num_blocks,
+        block_write_idx,
+        eps,
+        output_norm_eps,
+        *backends.requested(backend),
+    )
+
+
+def _step(
+    prefix: Tensor,
+    delta: Tensor | None,
+    blocks: Tensor,
+    norm_weight: Tensor | None,
+    qk_weight: Tensor,
+    output_norm_weight: Tensor | None,
+    num_blocks: int,
+    block_write_idx: int,
+    eps: float,
+    output_norm_eps: float,
+    backend: str,
+    origin: str,
+) -> Tensor:
+    out = prefix.new_empty(prefix.shape)
+    name = backends.choose(contracts.step_spec(prefix, delta, blocks, num_blocks), (backend, origin))
+    if not prefix.shape[0]:
+        return out
+    check = checked_mode.is_on()
+    given = (prefix.clone(), blocks.clone()) if check else (prefix, blocks)
+    backends.launch(
+        "serve_step",
+        name,
+        prefix.device,
+        prefix,
+        delta,
+        blocks,
+        qk_weight,
+        norm_weight,
+        output_norm_weight,
+        num_blocks,
+        block_write_idx,
+        eps,
+        output_norm_eps,
+        out,
+    )
+    if check:
+        arguments = {
+            "prefix": given[0],
+            "delta": delta,
+            "blocks": given[1],
+            "norm_weight": norm_weight,
+            "qk_weight": qk_weight,
+            "output_norm_weight": output_norm_weight,
+            "num_blocks": num_blocks,
+            "block_write_idx": block_write_idx,
+            "eps": eps,
+            "output_norm_eps": output_norm_eps,
+        }
+        checked_mode.verify_step(name, arguments, {"out": out, "prefix": prefix, "blocks": blocks})
+    return out
+
+
+def _fake(prefix: Tensor, *_: object) -> Tensor:
+    return prefix.new_empty(prefix.shape)
+
+
+register(
+    "step",
+    "(Tensor(a!) prefix, Tensor? delta, Tensor(b!) blocks, Tensor? norm_weight, Tensor qk_weight, Tensor? output_norm_weight, "
+    "int num_blocks, int block_write_idx, float eps, float output_norm_eps, str backend, str origin) -> Tensor",
+    _step,
+    _fake,
+)

@@ -1,0 +1,19 @@
+"""Without a GPU the Triton kernels run in the interpreter; `gpu` tests skip with the reason."""
+
+import pytest
+import torch
+from attnres import triton_interpreter
+
+triton_interpreter.use_without_gpu()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch finds none"))
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

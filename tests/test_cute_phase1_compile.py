@@ -1,0 +1,93 @@
+"""The phase 1 kernel's machine code, and its choice of tiles, on a machine without a GPU."""
+
+import itertools
+import re
+
+import pytest
+import torch
+
+pytest.importorskip("cutlass")
+
+from cute_kernels.config_phase1 import Phase1Config, phase1_config, phase1_configs, phase1_refusal
+from cute_kernels.inspect import inspect_kernel
+
+SHARED_LIMIT = 227 * 1024
+
+
+def name(case: tuple) -> str:
+    config = case[2]
+    weight = f"x{config.key_weight}" if config.key_weight else ""
+    return f"D{config.hidden_size}-N{config.num_sources}-S{config.num_queries}-{config.dtype}-{config.query}{weight}"
+
+
+@pytest.mark.parametrize("case", list(phase1_configs()), ids=name)
+def test_machine_code(case):
+    op, build, config = case
+    inspection = inspect_kernel(op, build, config)
+    assert inspection.spill_bytes == 0
+    assert inspection.shared_bytes <= SHARED_LIMIT
+    for mnemonic in ("HMMA", "LDSM", "UBLKCP", "SYNCS"):
+        assert inspection.instructions[mnemonic], f"no {mnemonic}"
+    # Partial sums cross a cluster by st.async, and only there
+    assert bool(inspection.instructions["STAS"]) == (config.tile.cluster > 1)
+    assert bool(inspection.instructions["USETMAXREG"]) == (config.producer_warps > 1)
+    # Rows and staged results move 16 bytes at a time; the row statistics are the only stores past the staging buffers
+    assert "LDS.128" in inspection.sass
+    assert "STS.128" in inspection.sass
+    assert not re.search(r"\b(LDS|STS|LDG|STG)\.[A-Z.]*[US]?(8|16)\b", inspection.sass)
+
+
+def choose(hidden_size: int, num_sources: int, num_queries: int, query: str) -> Phase1Config:
+    return phase1_config(
+        dtype="bf16",
+        query=query,
+        key_weight=None,
+        hidden_size=hidden_size,
+        num_sources=num_sources,
+        num_queries=num_queries,
+    )
+
+
+def test_every_shape_gets_a_tile_that_fits():
+    # A tile depends on the hidden size in blocks of 64, on sources and queries in octets (and on N up to 4 exactly).
+    sizes = [8, 72, *range(64, 8193, 64), 4104, 8184]
+    sources = [1, 2, 3, 4, 5, 8, 9, 16, 17, 24, 25, 32]
+    for hidden_size, num_sources, num_queries, query in itertools.product(
+        sizes, sources, [1, 9, 24, 32], ["bf16", "fp32"]
+    ):
+        config = choose(hidden_size, num_sources, num_queries, query)
+        shape, tile = config.shape, config.tile
+        assert config.shared_bytes <= SHARED_LIMIT
+        assert config.threads <= 384
+        # Two items at least, so that logits of one are made before the mix of the last (and no slot's parity is
+        # ambiguous)
+        assert tile.slots >= 2 * shape.slots_per_item(tile)
+        assert hidden_size <= tile.cluster * shape.cta_columns(tile)
+        # No warp's share of the totals is empty: the exchange's buffers rely on it
+        assert shape.partial_bytes // 16 >= tile.warps
+
+
+@pytest.mark.parametrize("count", [1, 8, 16, 17, 24, 32])
+def test_sources_are_read_once_with_queries_of_the_storage_dtype(count):
+    for hidden_size, num_sources in itertools.product([64, 2048, 2304, 4096, 7168, 8192], [1, 4, 8, 16]):
+        assert choose(hidden_size, num_sources, count, "bf16").num_queries == count
+
+
+def test_refusals_say_what_is_allowed():
+    fine = {
+        "dtype": torch.bfloat16,
+        "hidden_size": 2048,
+        "num_sources": 8,
+        "num_queries": 16,
+        "byte_alignment": 16,
+    }
+    assert phase1_refusal(**fine) is None
+    for change, reason in (
+        ({"dtype": torch.float32}, "use bfloat16 or float16"),
+        ({"hidden_size": 12}, "multiple of 8"),
+        ({"hidden_size": 8200}, "at most 8192"),
+        ({"num_sources": 33}, "takes 1 to 32"),
+        ({"num_queries": 33}, "takes 1 to 32"),
+        ({"byte_alignment": 8}, "multiple of 16 bytes"),
+    ):
+        assert reason in (phase1_refusal(**{**fine, **change}) or "")
