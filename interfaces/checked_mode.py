@@ -64,8 +64,8 @@ def verify(
     """Judges the results that are given, by the names of oracle.reference, tokens flattened to one axis."""
     from attnres import numerics, oracle
 
-    name, value = next((n, v) for n, v in results.items() if v is not None and oracle.token_axis(n) is not None)
-    sample = value if isinstance(value, Tensor) else value[0]
+    name, per_token = next((n, v) for n, v in results.items() if v is not None and oracle.token_axis(n) is not None)
+    sample = per_token if isinstance(per_token, Tensor) else per_token[0]
     rows = _rows(sample.shape[oracle.token_axis(name) or 0], sample.device)
     given = {name: _pick(value, name, rows) for name, value in arguments.items()}
     grads = {name: _pick(value, name, rows) for name, value in (grad_outputs or {}).items() if value is not None}

@@ -106,7 +106,7 @@ def check_step(
     prefix: Tensor,
     delta: Tensor | None,
     blocks: Tensor,
-    norm_weight: Tensor,
+    norm_weight: Tensor | None,
     qk_weight: Tensor,
     output_norm_weight: Tensor | None,
     num_blocks: int,

@@ -164,7 +164,10 @@ def _forward(
     )
     if checked_mode.is_on():
         arguments = _oracle_arguments(rows, query, key_weight, output_weight, eps, scale)
-        results = {"out": out.view(tokens, -1), "weights": weights.view(len(rows), -1) if want_weights else None}
+        results: dict[str, Tensor | Sequence[Tensor] | None] = {
+            "out": out.view(tokens, -1),
+            "weights": weights.view(len(rows), -1) if want_weights else None,
+        }
         checked_mode.verify("mix", name, arguments, results)
     return outputs
 
@@ -256,7 +259,7 @@ def _backward(
     )
     if checked_mode.is_on():
         arguments = _oracle_arguments(rows, query, key_weight, output_weight, eps, scale)
-        results = {
+        results: dict[str, Tensor | Sequence[Tensor] | None] = {
             "d_residuals": d_rows,
             "d_query": d_query,
             "d_rms_weight": d_key,

@@ -194,11 +194,11 @@ def _backward(
         d_queries,
         d_weights,
     )
-    if key_weights is not None and d_weights is not d_key_weights:
+    if d_weights is not None and d_weights is not d_key_weights:
         d_key_weights.copy_(d_weights.sum(0))
     if checked_mode.is_on():
         arguments = _oracle_arguments(rows, queries, key_weights, eps, scale)
-        results = {
+        results: dict[str, Tensor | Sequence[Tensor] | None] = {
             "d_block_representations": d_rows,
             "d_pseudo_queries": d_queries,
             "d_rms_weight": d_key_weights if key_weights is not None else None,

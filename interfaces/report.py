@@ -333,7 +333,9 @@ def _pair(
     first, second = backends
     values = [results[backend][name] for backend in backends]
     # one source after the other: their float64 copies need not fit together
-    parts = list(zip(*values, reference.exact, strict=True)) if reference.per_source else [(*values, reference.exact)]
+    parts: list[Any] = (
+        list(zip(*values, reference.exact, strict=True)) if reference.per_source else [(*values, reference.exact)]
+    )
     size = sum(float(exact.square().sum()) for _, _, exact in parts) ** 0.5 or 1.0
     errors = {
         backend: sum(float((part[index].double() - part[2]).square().sum()) for part in parts) ** 0.5 / size

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from attnres import triton_interpreter
 
 triton_interpreter.use_without_gpu()

@@ -16,7 +16,6 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from attnres import numerics, oracle
-
 from triton_ref import config
 from triton_ref.mix_bwd import mix_bwd
 from triton_ref.mix_fwd import mix_fwd
