@@ -1,0 +1,182 @@
+"""On a GPU: every operation on every backend against the oracle, with poisoned outputs; what only a real device shows."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import attnres
+from attnres import backend as backends
+from attnres import inputs, numerics, oracle, report
+from attnres.inputs import Shape
+
+pytestmark = pytest.mark.gpu
+
+OPS = ("mix", "phase1", "phase2", "step")
+SHAPES = (
+    Shape(1, 384, 1, 1, key_weight=False, output_norm=False, delta=False),
+    Shape(257, 384, 13, 12),
+    Shape(3, 2304, 29, 5, output_norm=False),
+    Shape(133, 2304, 4, 8, key_weight=False, scale=0.5),
+    Shape(1000, 2048, 17, 24),
+    Shape(131, 7168, 9, 16),
+    Shape(7, 7186, 5, 3),
+    Shape(2, 8, 2, 2),
+    Shape(61, 72, 32, 32, checkpoint_level=0),
+)
+
+
+@pytest.fixture
+def poison() -> Iterator[None]:
+    """Every new tensor is born full of NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(1).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """(operation, backend) of every launch."""
+    calls = []
+    original = backends.launcher
+
+    def spy(op: str, backend: str) -> Callable[..., None]:
+        calls.append((op, backend))
+        return original(op, backend)
+
+    monkeypatch.setattr(backends, "launcher", spy)
+    return calls
+
+
+def call_or_skip(case: inputs.Case, backend: str) -> report.Results:
+    try:
+        return report.call(case, backend)
+    except attnres.BackendError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.for_op("mix"))
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32", "bf16/fp32"])
+@pytest.mark.parametrize("backend", ["torch", "triton", "cute"])
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.usefixtures("poison")
+def test_within_budget(op: str, backend: str, dtype: str, shape: Shape, ran: list[tuple[str, str]]) -> None:
+    case = inputs.make_case(op, shape, dtype=dtype, device="cuda", seed=11)
+    results = call_or_skip(case, backend)
+    references = oracle.reference(op, case.arguments, case.grad_outputs)
+    measured = numerics.judge_all(results, references)
+    assert {name: found for name, found in measured.items() if not found.ok} == {}
+    assert ran[0][1] == backend
+    if op == "step":
+        expected = oracle.step(**case.arguments)
+        assert torch.equal(results["prefix"], expected.prefix)
+        assert torch.equal(results["blocks"].nan_to_num(nan=0.5), expected.blocks.nan_to_num(nan=0.5))
+
+
+@pytest.mark.parametrize("backend", ["triton", "cute"])
+@pytest.mark.parametrize("op", OPS)
+def test_same_inputs_same_bits(op: str, backend: str) -> None:
+    case = inputs.make_case(op, Shape(1000, 2048, 9, 16), dtype="bf16/fp32", device="cuda")
+    first, second = call_or_skip(case, backend), call_or_skip(case, backend)
+    for name, value in first.items():
+        pairs = zip(value, second[name], strict=True) if isinstance(value, list) else [(value, second[name])]
+        assert all(torch.equal(a.nan_to_num(nan=0.5), b.nan_to_num(nan=0.5)) for a, b in pairs), name
+
+
+@pytest.mark.parametrize("backend", ["triton", "cute"])
+def test_offsets_past_two_to_the_31(backend: str) -> None:
+    tokens, size = 2**31 // 7168 + 300, 7168
+    source = torch.randn(tokens, size, device="cuda", dtype=torch.bfloat16)
+    query = torch.randn(size, device="cuda") / size**0.5
+    with attnres.checked("sample"), attnres.use_backend(backend):
+        out = attnres.attn_res(query, [source, source])
+        out, lse = attnres.phase_1([source], query[None], 1e-6)
+        attnres.phase_2(source, query, out[0], lse[0], 1e-6)
+        prefix = source.clone()
+        attnres.attn_res_step(prefix, source, source[:, None], None, query, None, 1, -1, 1e-6, 1e-6)
+    del out, lse, prefix
+    if backend == "triton":
+        source.requires_grad_()
+        with attnres.checked("sample"):
+            attnres.attn_res(query, [source], backend=backend).backward(torch.ones_like(source))
+
+
+@pytest.mark.parametrize("backend", ["triton", "cute"])
+def test_sources_with_strides_of_their_own(backend: str) -> None:
+    cache = torch.randn(100, 5, 2048, device="cuda", dtype=torch.bfloat16)
+    expanded = torch.randn(1, 2048, device="cuda", dtype=torch.bfloat16).expand(100, 2048)
+    query = torch.randn(2048, device="cuda") / 45
+    with attnres.checked("full"), attnres.use_backend(backend):
+        attnres.attn_res(query, [*cache.unbind(1), expanded])
+        attnres.phase_1([*cache.unbind(1), expanded], query[None], 1e-6)
+        attnres.attn_res_step(cache[:, 3].clone(), expanded, cache, None, query, query, 3, 4, 1e-6, 1e-6)
+
+
+@pytest.mark.parametrize("backend", ["triton", "cute"])
+def test_cuda_graph_replays_the_step(backend: str) -> None:
+    case = inputs.make_case("step", Shape(16, 2048, 9), dtype="bf16", device="cuda")
+    given = {
+        name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in case.arguments.items()
+    }
+    start = {name: given[name].clone() for name in ("prefix", "blocks")}
+    expected = call_or_skip(case, backend)
+    attnres.attn_res_step(**given, backend=backend)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attnres.attn_res_step(**given, backend=backend)
+    for name, value in start.items():
+        given[name].copy_(value)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(out, expected["out"])
+    assert torch.equal(given["prefix"], expected["prefix"])
+
+
+def test_checked_mode_is_refused_under_capture() -> None:
+    query, source = torch.randn(64, device="cuda"), torch.randn(4, 64, device="cuda")
+    attnres.attn_res(query, [source], backend="triton")
+    capture = torch.cuda.graph(torch.cuda.CUDAGraph())
+    with attnres.checked("sample"), pytest.raises(RuntimeError, match="while a CUDA graph is captured"), capture:
+        attnres.attn_res(query, [source], backend="triton")
+
+
+@pytest.mark.parametrize("backend", ["triton", "cute"])
+def test_runs_on_the_current_stream(backend: str) -> None:
+    query = torch.randn(2048, device="cuda") / 45
+    source = torch.zeros(4096, 2048, device="cuda", dtype=torch.bfloat16)
+    attnres.attn_res(query, [source], backend=backend)
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        source.fill_(2.0)
+        out = attnres.attn_res(query, [source], backend=backend)
+    stream.synchronize()
+    assert torch.equal(out, source)
+
+
+def test_auto_takes_the_first_backend_that_can(ran: list[tuple[str, str]]) -> None:
+    def auto(dtype: torch.dtype, size: int) -> Any:
+        source = torch.randn(4, size, device="cuda", dtype=dtype, requires_grad=True)
+        attnres.attn_res(torch.randn(size, device="cuda"), [source], backend="auto").sum().backward()
+
+    auto(torch.bfloat16, 64)
+    auto(torch.bfloat16, 7186)
+    auto(torch.float32, 64)
+    hopper = torch.cuda.get_device_capability() == (9, 0)
+    assert ran == [
+        ("mix_fwd", "cute" if hopper else "triton"),
+        ("mix_bwd", "triton"),
+        *[("mix_fwd", "triton"), ("mix_bwd", "triton")] * 2,
+    ]
+
+
+def test_cute_refuses_with_the_reason() -> None:
+    query, source = torch.randn(7186, device="cuda"), torch.randn(4, 7186, device="cuda", dtype=torch.bfloat16)
+    with pytest.raises(attnres.BackendError, match="multiple of 8"):
+        attnres.attn_res(query, [source], backend="cute")
+    misaligned = torch.randn(4 * 64 + 1, device="cuda", dtype=torch.bfloat16)[1:].view(4, 64)
+    with pytest.raises(attnres.BackendError, match="16"):
+        attnres.attn_res(query[:64], [misaligned], backend="cute")
