@@ -32,8 +32,10 @@ MAX_ROW_VECTORS = 4  # per thread: 32 elements of a row are 16 registers packed
 MAX_GROUP_WARPS = 8
 MAX_GROUPS = 8
 MAX_CONSUMER_WARPS = 15
-# Addresses, barrier state, sums and softmax scalars of a consumer thread: with this, no configuration spills (a test sees to it).
-OTHER_REGISTERS = 44
+# Of a consumer thread, besides row data: addresses, barrier state, scalars; and for each row, two sums and then a logit and a share.
+# With these, no configuration spills (tests compile the tightest ones).
+OTHER_REGISTERS = 29
+REGISTERS_PER_ROW = 2
 # A slot this large keeps barrier traffic low against the row's own arithmetic; larger ones only make the ring coarser.
 SLOT_BYTES = 8192
 MIN_SLOTS = 4  # of a group, where rows are small enough
@@ -120,6 +122,11 @@ def slot_bytes(rows: int, pitch: int) -> int:
     return rows * pitch * ITEM_BYTES + 16
 
 
+def table_bytes(rows: int) -> int:
+    """Address and stride of each row (pipelines.RowTable)."""
+    return rows * 16
+
+
 def exchange_bytes(chunk: int, warps: int, groups: int) -> int:
     """Two buffers of one partial sum per lane, warp and 16 sources (rows.GroupExchange)."""
     depth = -(-chunk // 16)
@@ -134,7 +141,7 @@ class Operands(NamedTuple):
     output_weight: Any = 0  # [D]
     given_logit: Any = 0  # [T] fp32: the logit of the row that is merged
     out: Any = 0  # [T, D]
-    mixed: Any = 0  # [T, D]
+    mixed: Any = 0  # [T, D] fp32
     logits: Any = 0  # [L, T] fp32
     rstd: Any = 0  # [L, T] fp32
     lse: Any = 0  # [T] fp32
@@ -190,6 +197,7 @@ class RowConfig:
         tile = self.tile
         return (
             tile.groups * tile.slots * slot_bytes(tile.rows, self.pitch)
+            + table_bytes(self.rows_per_token)
             + exchange_bytes(tile.chunk, tile.warps, tile.groups)
             + (self.pitch * 4 if self.output_weight else 0)
         )
@@ -210,12 +218,14 @@ def row_tile(
 
     def needed(warps: int, rows: int, in_chunks: bool) -> int:
         """Registers: packed rows, the fp32 query, and between chunks the fp32 mix."""
-        return vectors(warps) * (4 * (rows + extra) + 8 + 8 * in_chunks) + OTHER_REGISTERS
+        data = vectors(warps) * (4 * (rows + extra) + 8 + 8 * in_chunks)
+        return data + REGISTERS_PER_ROW * rows + OTHER_REGISTERS
 
     def tile(warps: int, groups: int, chunk: int) -> Tile:
         consumers = warps * groups
         pitch = vectors(warps) * warps * LANES * VECTOR
-        ring = (SHARED_BYTES - exchange_bytes(chunk, warps, groups) - pitch * 4 * output_norm) // groups
+        other = table_bytes(num_sources + extra) + exchange_bytes(chunk, warps, groups) + pitch * 4 * output_norm
+        ring = (SHARED_BYTES - other) // groups
         rows = max(1, min(min(SLOT_BYTES, ring // MIN_SLOTS) // (pitch * ITEM_BYTES), num_sources + extra))
         slots = min(ring // slot_bytes(rows, pitch), MAX_SLOTS)
         return Tile(warps, groups, 4 if consumers in (8, 12) else 1, chunk, rows, slots)

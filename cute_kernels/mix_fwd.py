@@ -84,7 +84,7 @@ def mix_fwd(
     output_eps: float,
     scale: float,
     out: torch.Tensor,  # [T, D]
-    mixed: torch.Tensor | None,  # [T, D]: the mix before the output norm
+    mixed: torch.Tensor | None,  # [T, D] fp32: the mix before the output norm
     logits: torch.Tensor | None,  # [L, T] fp32
     rstd: torch.Tensor | None,  # [L, T] fp32
     lse: torch.Tensor | None,  # [T] fp32

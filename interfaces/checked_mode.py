@@ -1,8 +1,8 @@
 """Checked mode: recompute what a call returned by the float64 oracle and raise NumericsError where a budget is broken.
 
-`ATTNRES_CHECK=off | sample | full`, or `with attnres.checked(...)`. `sample` takes 64 rows spread evenly over the tokens; gradients of
-queries and weights are sums over all tokens, so beyond 64 tokens only `full` checks those. Works the same for every backend, and costs
-a float64 evaluation per call: it is for bringing a kernel or a model up.
+`ATTNRES_CHECK=off | sample | full`, or `with attnres.checked(...)`. `sample` takes 64 rows spread evenly over the tokens;
+gradients of queries and weights are sums over all tokens, so beyond 64 tokens only `full` checks those. Works the same for every
+backend, and costs a float64 evaluation per call: it is for bringing a kernel or a model up.
 """
 
 from __future__ import annotations

@@ -51,17 +51,16 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     request = backends.requested(arguments.pop("backend"))
     specs = _SPECS[function](arguments)
     refusals = {spec.op: {name: backends.refusal(name, spec) for name in backends.BACKENDS} for spec in specs}
-    chosen: list[str | None] = []
-    for spec, choose in zip(
-        specs, (lambda s: backends.choose(s, request), lambda s: backends.choose_backward(s, request[0]))
-    ):
-        try:
-            chosen.append(choose(spec))
-        except backends.BackendError:
-            chosen.append(None)
-    forward = chosen[0]
-    backward = chosen[1] if len(chosen) > 1 and forward is not None else None
+    forward = _choice(backends.choose, specs[0], request)
+    backward = _choice(backends.choose_backward, specs[1], request[0]) if forward and len(specs) > 1 else None
     return Explanation(function.__name__, *request, forward, backward, refusals)
+
+
+def _choice(choose: Callable[..., str], *arguments: Any) -> str | None:
+    try:
+        return choose(*arguments)
+    except backends.BackendError:
+        return None
 
 
 def _mix_specs(arguments: dict[str, Any]) -> list[backends.Spec]:

@@ -32,8 +32,8 @@ def attn_res(
 
     Args:
         query: pseudo-query [D] or [D, 1].
-        residuals: 1 to 64 sources [..., D] of one dtype (bfloat16, float16 or float32), or one stacked tensor [L, ..., D]. Nothing is
-            copied: each source may have its own row stride.
+        residuals: 1 to 64 sources [..., D] of one dtype (bfloat16, float16 or float32), or one stacked tensor [L, ..., D].
+            Nothing is copied: each source may have its own row stride.
         rms_weight: weight of the keys' RMSNorm [D]; None is a weight of ones.
         output_rms_weight: weight [D] of an RMSNorm of the mix, fused: the PreNorm of the sublayer that follows.
         rms_eps: epsilon of both norms.
@@ -45,9 +45,9 @@ def attn_res(
     Returns:
         out [..., D] in the sources' dtype, or (out, weights).
 
-    query and weights may each be bfloat16, float16 or float32; their gradients come in their own dtype. Saved for the backward: the
-    inputs and, per source and token, logit and 1/rms in float32. Arithmetic is float32; the same inputs give the same bits, gradients
-    included. Least traffic: (L + 1) T D elements forward, (2 L + 1) T D backward.
+    query and weights may each be bfloat16, float16 or float32; their gradients come in their own dtype. Saved for the
+    backward: the inputs and, per source and token, logit and 1/rms in float32. Arithmetic is float32; the same inputs give
+    the same bits, gradients included. Least traffic: (L + 1) T D elements forward, (2 L + 1) T D backward.
 
     Raises:
         TypeError, ValueError: an argument cannot be used; the message names it.
@@ -270,7 +270,7 @@ def _backward(
 
 
 def _save(ctx: Any, arguments: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
-    sources, query, key_weight, output_weight, eps, scale, stacked, _, _, _, backend, origin = arguments
+    sources, query, key_weight, output_weight, eps, scale, stacked, _, _, _, backend, _ = arguments
     _, mixed, logits, rstd, lse, weights = outputs
     ctx.mark_non_differentiable(mixed, logits, rstd, lse, weights)
     ctx.save_for_backward(*sources, query, key_weight, output_weight, mixed, logits, rstd, lse)

@@ -28,7 +28,8 @@ def phase_1(
         out_s = sum_i softmax_i(logit_s)_i v_i          lse_s = log sum_i exp(logit_si)
 
     Args:
-        block_representations: 1 to 64 blocks [..., D] of one dtype (bfloat16, float16 or float32), or one stacked tensor [N, ..., D].
+        block_representations: 1 to 64 blocks [..., D] of one dtype (bfloat16, float16 or float32), or one stacked tensor
+            [N, ..., D].
         pseudo_queries: [S, D].
         eps: epsilon of the keys' RMSNorm.
         rms_weight: weight of the keys' RMSNorm: [D] for all sites, or [S, D], one per site; None is a weight of ones.
@@ -38,8 +39,8 @@ def phase_1(
     Returns:
         out [S, ..., D] in the blocks' dtype, normalised, and lse [S, ...] in float32, both with gradient: what phase_2 merges.
 
-    Saved for the backward: the inputs, lse, the logits [S, N, T] and 1/rms [N, T] in float32. Arithmetic is float32; the same inputs give
-    the same bits. Least traffic: (N + S) T D elements forward, (2 N + S) T D backward.
+    Saved for the backward: the inputs, lse, the logits [S, N, T] and 1/rms [N, T] in float32. Arithmetic is float32; the
+    same inputs give the same bits. Least traffic: (N + S) T D elements forward, (2 N + S) T D backward.
 
     Raises:
         TypeError, ValueError: an argument cannot be used; the message names it.

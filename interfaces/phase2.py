@@ -49,8 +49,8 @@ def phase_2(
     Returns:
         out [..., D]; with delta (out, new partial sum [..., D]), both with gradient.
 
-    Saved for the backward: x, inter_out, inter_lse, and per token logit and 1/rms in float32. The same inputs give the same bits. Least
-    traffic: 3 T D elements forward and 5 T D backward; 5 T D forward with delta.
+    Saved for the backward: x, inter_out, inter_lse, and per token logit and 1/rms in float32. The same inputs give the same
+    bits. Least traffic: 3 T D elements forward and 5 T D backward; 5 T D forward with delta.
 
     Raises:
         TypeError, ValueError: an argument cannot be used; the message names it.

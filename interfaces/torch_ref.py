@@ -22,7 +22,7 @@ def mix_fwd(
     output_eps: float,
     scale: float,
     out: Tensor,  # [T, D]
-    mixed: Tensor | None,  # [T, D]
+    mixed: Tensor | None,  # [T, D] fp32
     logits: Tensor | None,  # [L, T]
     rstd: Tensor | None,  # [L, T]
     lse: Tensor | None,  # [T]
@@ -50,7 +50,7 @@ def mix_bwd(
     eps: float,
     output_eps: float,
     scale: float,
-    mixed: Tensor | None,  # [T, D]
+    mixed: Tensor | None,  # [T, D] fp32
     logits: Tensor,  # [L, T]
     rstd: Tensor,  # [L, T]
     lse: Tensor,  # [T]

@@ -29,7 +29,7 @@ def mix_bwd_kernel(
     p_query,  # [D]
     p_key_weight,  # [D] or None
     p_output_weight,  # [D] or None
-    p_mixed,  # [T, D] or None
+    p_mixed,  # [T, D] fp32 or None
     p_logits,  # [L, T]
     p_rstd,  # [L, T]
     p_lse,  # [T]

@@ -24,7 +24,7 @@ def mix_fwd_kernel(
     p_key_weight,  # [D] or None
     p_output_weight,  # [D] or None
     p_out,  # [T, D]
-    p_mixed,  # [T, D] or None
+    p_mixed,  # [T, D] fp32 or None
     p_logits,  # [L, T] or None
     p_rstd,  # [L, T] or None
     p_lse,  # [T] or None

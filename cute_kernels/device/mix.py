@@ -18,12 +18,13 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float16, Float32, Int32, Int64, const_expr
 from cutlass.pipeline import PipelineState
-from cutlass.utils import SmemAllocator
+from cutlass.memory import SmemAllocator
 
 from cute_kernels.config import PRODUCER_REGISTERS, Operands, RowConfig, exchange_bytes
 from cute_kernels.device.pipelines import (
     RowRing,
     RowRings,
+    RowTable,
     consumer_state,
     global_row,
     producer_state,
@@ -99,6 +100,7 @@ class RowKernel:
             elements=config.hidden_size,
             consumer_warps=tile.warps,
         )
+        table = RowTable.allocate(smem, config.rows_per_token)
         s_partials = None
         if const_expr(tile.warps > 1):
             # (LANES * depth, warps, 2, groups)
@@ -111,6 +113,7 @@ class RowKernel:
             s_weight = smem.allocate_tensor(Float32, cute.make_layout((config.pitch,)), 16)
         if tid == 0:
             rings.init_barriers()
+            table.fill(rows, strides, self.dtype.width // 8)
         if const_expr(config.pitch > config.hidden_size):
             rings.clear_padding(tid, config.threads)
         if const_expr(config.output_weight is not None):
@@ -124,7 +127,7 @@ class RowKernel:
             if const_expr(tile.consumer_registers > 0):
                 cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
             with cute.arch.elect_one():
-                self.produce(warp - tile.consumer_warps, rings, rows, strides, scalars)
+                self.produce(warp - tile.consumer_warps, rings, table, scalars)
         else:
             if const_expr(tile.consumer_registers > 0):
                 cute.arch.setmaxregister_increase(tile.consumer_registers)
@@ -142,27 +145,31 @@ class RowKernel:
         return block + turn * grid
 
     @cute.jit
-    def produce(self, producer: Int32, rings: RowRings, rows: list, strides: list, scalars: Scalars):
+    def produce(self, producer: Int32, rings: RowRings, table: RowTable, scalars: Scalars):
         """Fills the rings of groups producer, producer + producers, ... with the rows of their tokens."""
-        groups = self.tile.groups
+        groups, slots = self.tile.groups, self.config.slots_per_token
         count = self.token_count(scalars)
+        # Rings are filled alike: `state` is where the round's tokens start in each of them.
         state = producer_state(self.tile.slots)
         for first in cutlass.range(0, count, groups, unroll=1):
             for group in cutlass.range(producer, groups, self.tile.producer_warps, unroll=1):
                 if first + group < count:
-                    self.load_token(rings.of(group), state.clone(), rows, strides, self.token(first + group))
-            state.advance(self.config.slots_per_token)
+                    at = state.clone()
+                    for slot in cutlass.range(slots, unroll=1):
+                        self.load_slot(rings.of(group), at, table, slot * self.tile.rows, self.token(first + group))
+                        at.advance()
+            state.advance(slots)
 
-    def load_token(self, ring: RowRing, state: PipelineState, rows: list, strides: list, token: Int32):
-        count, per_slot = self.config.rows_per_token, self.tile.rows
-        for i in range(count):
-            if i % per_slot == 0:
-                ring.acquire(state, min(per_slot, count - i))
-            # Addresses are computed row by row: all of them at once would not fit a producer's few registers.
-            g_row = global_row(self.dtype, rows[i], strides[i], token, self.config.hidden_size)
-            ring.copy(state, i % per_slot, g_row)
-            if i % per_slot == per_slot - 1:
-                state.advance()
+    @cute.jit
+    def load_slot(self, ring: RowRing, state: PipelineState, table: RowTable, first: Int32, token: Int32):
+        """A slot's rows of a token: first, first + 1, ..., fewer in the last slot."""
+        rows, count = self.tile.rows, self.config.rows_per_token
+        ring.acquire(state, rows if const_expr(count % rows == 0) else cutlass.min(rows, count - first))
+        for r in cutlass.range_constexpr(rows):
+            if const_expr(count % rows == 0):
+                ring.copy(state, r, table.row(self.dtype, first + r, token, self.config.hidden_size))
+            elif first + r < count:
+                ring.copy(state, r, table.row(self.dtype, first + r, token, self.config.hidden_size))
 
     @cute.jit
     def consume(self, tid, warp, rings, s_partials, s_weight, operands: Operands, scalars: Scalars):
@@ -289,9 +296,9 @@ class RowKernel:
         mix = [[value * inverse for value in vector] for vector in r_mix]
         g_out = global_row(self.dtype, operands.out, config.hidden_size, token, config.hidden_size)
         if config.mixed:
-            g_mixed = global_row(self.dtype, operands.mixed, config.hidden_size, token, config.hidden_size)
+            g_mixed = global_row(Float32, operands.mixed, config.hidden_size, token, config.hidden_size)
             for v, vector in enumerate(mix):
-                part.store_vector(pack(vector, self.dtype), g_mixed, v)
+                part.store_vector(pack(vector, Float32), g_mixed, v)
         if config.output_weight is not None:
             square = tree(add, [tree(add, [value * value for value in vector]) for vector in mix])
             (square,) = exchange.sum([warp_sum(square)])
@@ -315,8 +322,9 @@ class RowReader:
         """This thread's (VECTOR, vectors) of the next row."""
         in_slot = self.count % self.config.tile.rows
         self.count += 1
-        if in_slot == 0:
-            self.ring.wait(self.state)
+        # For a slot's later rows the wait is over already, but its branch keeps the compiler from loading them all up front,
+        # which spilled.
+        self.ring.wait(self.state)
         r_row = self.part.fragment(self.ring.dtype)
         cute.autovec_copy(self.part.view(self.ring.row(self.state, in_slot)), r_row)
         if in_slot == self.config.tile.rows - 1 or self.count == self.config.rows_per_token:

@@ -21,7 +21,7 @@ import cutlass.cute as cute
 from cutlass import Int32, Int64, Numeric
 from cutlass.cute.nvgpu import cpasync
 from cutlass.pipeline import PipelineState, PipelineUserType, make_pipeline_state
-from cutlass.utils import SmemAllocator
+from cutlass.memory import SmemAllocator
 
 # createpolicy.fractional.L2::evict_first: rows are read once, so they should leave L2 before anything that is reused.
 EVICT_FIRST = 0x12F0000000000000
@@ -44,6 +44,32 @@ def global_row(dtype: type[Numeric], address: Int64, stride: Int64 | int, row: I
     start = address + Int64(row) * (stride * (dtype.width // 8))
     pointer = cute.make_ptr(dtype, start, cute.AddressSpace.gmem, assumed_align=16)
     return cute.make_tensor(pointer, cute.make_layout((elements,)))
+
+
+@dataclass(frozen=True)
+class RowTable:
+    """Addresses of the rows of token 0 and bytes from one token to the next, in shared memory.
+
+    A producer that loops over it needs few registers; with all rows unrolled, it spills the few that setmaxnreg leaves it.
+    """
+
+    s_entries: cute.Tensor  # (address and stride, rows)
+
+    @staticmethod
+    def allocate(smem: SmemAllocator, rows: int) -> "RowTable":
+        return RowTable(smem.allocate_tensor(Int64, cute.make_layout((2, rows)), byte_alignment=16))
+
+    def fill(self, addresses: list, strides: list, item_bytes: int) -> None:
+        """By one thread, before `sync_after_init`; strides in elements."""
+        for i, (address, stride) in enumerate(zip(addresses, strides, strict=True)):
+            self.s_entries[0, i] = address
+            self.s_entries[1, i] = stride * item_bytes
+
+    def row(self, dtype: type[Numeric], i: Int32, token: Int32, elements: int) -> cute.Tensor:
+        """Row i of a token: global (elements,)."""
+        start = self.s_entries[0, i] + token * self.s_entries[1, i]
+        pointer = cute.make_ptr(dtype, start, cute.AddressSpace.gmem, assumed_align=16)
+        return cute.make_tensor(pointer, cute.make_layout((elements,)))
 
 
 def producer_state(slots: int) -> PipelineState:
@@ -72,11 +98,11 @@ class RowRing:
     def dtype(self) -> type[Numeric]:
         return self.s_rows.element_type
 
-    def acquire(self, state: PipelineState, rows: int) -> None:
+    def acquire(self, state: PipelineState, rows: Int32 | int) -> None:
         """By one thread: waits until the slot is free and announces that many rows."""
         cute.arch.mbarrier_wait(self.empty + state.index, state.phase)
         cute.arch.mbarrier_arrive_and_expect_tx(
-            self.full + state.index, rows * self.elements * self.dtype.width // 8
+            self.full + state.index, rows * (self.elements * self.dtype.width // 8)
         )
 
     def copy(self, state: PipelineState, r: int, row: cute.Tensor) -> None:

@@ -1,0 +1,244 @@
+"""The CuTe row kernels (mix_fwd, serve_step, phase2_fwd) without a GPU: limits, tiles, lane mappings, machine code for sm_90a."""
+
+import dataclasses
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from cute_kernels import config
+from cute_kernels.config import MAX_HIDDEN_SIZE, MAX_SOURCES, SHARED_BYTES, RowConfig, refusal, row_config, row_tile
+
+pytest.importorskip("cutlass")
+LANES = 32
+
+ACCEPTED = {
+    "op": "mix_fwd",
+    "dtype": torch.bfloat16,
+    "hidden_size": 2048,
+    "num_sources": 5,
+    "num_queries": 1,
+    "byte_alignment": 16,
+}
+
+
+@pytest.mark.parametrize("op", ["mix_fwd", "serve_step", "phase2_fwd"])
+@pytest.mark.parametrize("hidden_size", [8, 2048, 8192])
+def test_accepts(op: str, hidden_size: int) -> None:
+    assert refusal(**ACCEPTED | {"op": op, "hidden_size": hidden_size}) is None
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"op": "mix_bwd"}, "mix_bwd has no CuTe kernel yet"),
+        ({"dtype": torch.float32}, "dtype float32 is not supported by mix_fwd: use bfloat16 or float16"),
+        ({"hidden_size": 12}, "hidden size 12 must be a multiple of 8"),
+        ({"hidden_size": 8200}, "hidden size 8200 must be a multiple of 8 and at most 8192"),
+        ({"num_sources": 33}, "33 sources: mix_fwd takes 1 to 32"),
+        ({"op": "serve_step", "num_sources": 34}, "34 sources: serve_step takes 1 to 33"),
+        ({"byte_alignment": 8}, "multiple of 16 bytes, not of 8"),
+    ],
+)
+def test_refuses_with_the_reason(changed: dict, said: str) -> None:
+    reason = refusal(**ACCEPTED | changed)
+    assert reason is not None
+    assert said in reason
+
+
+def test_step_takes_a_prefix_besides_the_blocks() -> None:
+    assert refusal(**ACCEPTED | {"op": "serve_step", "num_sources": MAX_SOURCES + 1}) is None
+
+
+def check_tile(hidden_size: int, num_sources: int, **flags: bool) -> None:
+    tile = row_tile(hidden_size, num_sources, **flags)
+    shape = (hidden_size, num_sources, flags, tile)
+    rows = num_sources + flags.get("merge", False) + flags.get("delta", False)
+    weight = tile.pitch(hidden_size) * 4 * flags.get("output_norm", False)
+    ring = tile.groups * tile.slots * config.slot_bytes(tile.rows, tile.pitch(hidden_size))
+    exchange = config.exchange_bytes(tile.chunk, tile.warps, tile.groups)
+    assert ring + exchange + weight <= SHARED_BYTES, shape
+    assert tile.slots >= 3, shape
+    assert 1 <= tile.rows <= rows, shape
+    assert tile.pitch(hidden_size) >= hidden_size, shape
+    assert tile.threads <= 16 * LANES, shape
+    # setmaxnreg works on whole warpgroups, and moves registers, so that the sum must fit.
+    if tile.consumer_registers:
+        assert tile.consumer_warps % 4 == 0, shape
+        registers = tile.consumer_warps * tile.consumer_registers + tile.producer_warps * config.PRODUCER_REGISTERS
+        assert registers * LANES <= config.REGISTER_FILE, shape
+    # Named barriers: 16, of which the groups use 2 and up.
+    assert tile.warps == 1 or tile.groups <= 14, shape
+    held = tile.chunk + rows - num_sources
+    vectors = tile.vectors(hidden_size)
+    in_chunks = tile.chunk < num_sources
+    needed = vectors * (4 * held + 8 + 8 * in_chunks) + config.OTHER_REGISTERS
+    assert needed <= tile.registers, shape
+    assert [i for chunk in tile.chunks(num_sources) for i in chunk] == list(range(num_sources)), shape
+
+
+@pytest.mark.parametrize("num_sources", [1, 2, 3, 5, 8, 9, 10, 11, 16, 17, 24, 31, 32])
+def test_every_tile_fits(num_sources: int) -> None:
+    for hidden_size in range(8, MAX_HIDDEN_SIZE + 1, 8):
+        check_tile(hidden_size, num_sources)
+
+
+def test_every_tile_fits_with_norm_delta_and_merge() -> None:
+    for hidden_size in range(8, MAX_HIDDEN_SIZE + 1, 56):
+        for num_sources in range(1, MAX_SOURCES + 2):
+            check_tile(hidden_size, num_sources, delta=True, output_norm=True)
+        check_tile(hidden_size, 1, merge=True)
+        check_tile(hidden_size, 1, merge=True, delta=True, output_norm=True)
+
+
+@pytest.fixture
+def warp(monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
+    """Lane numbers, with the device helpers' warp operations replaced by NumPy ones on arrays of 32 lanes."""
+    import cutlass.cute as cute
+
+    from cute_kernels.device import rows
+
+    lanes = np.arange(LANES)
+    monkeypatch.setattr(rows, "select", np.where)
+    monkeypatch.setattr(rows, "Int32", int)
+    monkeypatch.setattr(cute.arch, "shuffle_sync_bfly", lambda value, offset: value[lanes ^ offset])
+    monkeypatch.setattr(cute.arch, "shuffle_sync", lambda value, lane: np.full(LANES, value[lane]))
+    return lanes
+
+
+@pytest.mark.parametrize("count", range(1, 33))
+def test_row_sums_reach_their_owners(warp: np.ndarray, count: int) -> None:
+    from cute_kernels.device.rows import RowSums
+
+    values = np.random.default_rng(count).integers(0, 1000, (2, count, LANES))
+    sums = RowSums(count)
+    held = sums.reduce(list(values[0]), list(values[1]), warp)
+    assert len(held) == sums.depth
+    pairs = [sums.pair(value, warp) for value in held]
+    for k in range(2):
+        spread = np.array(sums.spread([pair[k] for pair in pairs]))
+        np.testing.assert_array_equal(spread, np.repeat(values[k].sum(-1, keepdims=True), LANES, axis=1))
+    owned = [(row, lane, place) for place, rows in enumerate(sums.rows_of(warp)) for lane, row in enumerate(rows)]
+    assert sorted(row for row, _, _ in owned if row >= 0) == list(range(count))
+    assert all(sums.owner(row) == (lane, place) for row, lane, place in owned if row >= 0)
+
+
+def test_producer_and_consumers_agree_on_slots() -> None:
+    """Slots and parities of every fill and every read, for odd counts, more groups than tokens, tokens longer than the ring."""
+    for count in (1, 2, 3, 7, 8, 62):
+        for groups, producers in ((1, 1), (2, 4), (3, 4), (7, 1), (6, 4)):
+            for slots, per_token in ((16, 9), (3, 1), (4, 34), (5, 5)):
+                fills: dict[int, list[tuple[int, int]]] = {group: [] for group in range(groups)}
+                for producer in range(producers):
+                    done = 0
+                    for first in range(0, count, groups):
+                        for group in range(producer, groups, producers):
+                            if first + group < count:
+                                fills[group] += [(first + group, n) for n in range(done, done + per_token)]
+                        done += per_token
+                for group in range(groups):
+                    tokens = range(group, count, groups)
+                    reads = [
+                        (token, n) for i, token in enumerate(tokens) for n in range(i * per_token, (i + 1) * per_token)
+                    ]
+                    assert fills[group] == reads, (count, groups, slots)
+
+
+def representative() -> list:
+    return [(op, build, c) for op, build, c in config.representative_configs() if isinstance(c, RowConfig)]
+
+
+def name(case: tuple) -> str:
+    op, _, c = case
+    flags = [flag for flag in ("delta", "write_block", "mixed", "logits", "weights") if getattr(c, flag)]
+    norm = ["norm"] if c.output_weight else []
+    return "-".join([op, c.dtype, f"D{c.hidden_size}", f"L{c.num_sources}", *norm, *flags])
+
+
+@pytest.mark.parametrize("case", representative(), ids=name)
+def test_machine_code(case: tuple) -> None:
+    from cute_kernels.inspect import inspect_kernel
+
+    op, build, c = case
+    found = inspect_kernel(op, build, c)
+    assert found.spill_bytes == 0
+    assert not re.search(r"\b(LDL|STL)\b", found.sass)
+    assert found.registers <= 255
+    assert c.shared_bytes <= SHARED_BYTES
+    assert "sm_90a" in found.sass
+    # One bulk copy a row, mbarriers, and rows moved 16 bytes at a time in both directions.
+    assert found.instructions["UBLKCP"] == c.rows_per_token
+    assert found.instructions["SYNCS"] > 0
+    assert ("USETMAXREG" in found.instructions) == (c.tile.consumer_registers > 0)
+    vectors = c.tile.vectors(c.hidden_size)
+    stored = 1 + c.mixed + c.delta + c.write_block
+    assert len(re.findall(r"STG\.E\.128", found.sass)) == vectors * stored
+    assert len(re.findall(r"LDS\.128", found.sass)) >= vectors * c.rows_per_token
+    assert not re.search(r"(STG|LDG)\.E\.(U16|U8|S16|64)|LDS\.(U16|64)", found.sass)
+
+
+def test_limit_of_the_register_model() -> None:
+    """The most sources of each register tier that the tile table takes in one piece, with everything optional on."""
+    from cute_kernels.inspect import inspect_kernel
+    from cute_kernels.mix_fwd import build
+
+    bf16 = torch.bfloat16
+    for hidden_size, sources in ((7168, 11), (8192, 10), (4096, 5), (2304, 15)):
+        c = row_config(
+            "mix_fwd",
+            bf16,
+            hidden_size,
+            sources,
+            torch.float32,
+            bf16,
+            bf16,
+            mixed=True,
+            logits=True,
+            rstd=True,
+            lse=True,
+        )
+        c = dataclasses.replace(c, weights=True)
+        assert c.tile.chunk == sources
+        assert inspect_kernel("mix_fwd", build, c).spill_bytes == 0, c
+
+
+def test_launchers_import_without_the_dsl() -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, cute_kernels.mix_fwd, cute_kernels.serve_step, cute_kernels.phase2_fwd;"
+        "assert not any(m.startswith('cutlass') for m in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_softmax_in_chunks(warp: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The online softmax against float64, in one chunk and in several, with logits far from zero."""
+    import cutlass.cute as cute
+
+    from cute_kernels.device import mix, rows
+
+    single = np.float32
+    monkeypatch.setattr(rows, "Float32", single)
+    monkeypatch.setattr(cute.arch, "fmax", np.maximum)
+    monkeypatch.setattr(cute.arch, "rcp_approx", lambda x: single(1) / x)
+    monkeypatch.setattr(cute.math, "exp2", lambda x, fastmath: np.exp2(x))
+    monkeypatch.setattr(cute.math, "log2", lambda x, fastmath: np.log2(x))
+    rng = np.random.default_rng(0)
+    for offset in (0.0, 100.0, -100.0):
+        logits = (rng.standard_normal(17) * 3 + offset).astype(single)
+        exact = np.exp(logits.astype(float) - logits.max())
+        exact /= exact.sum()
+        lse = math.log(np.exp(logits.astype(float) - logits.max()).sum()) + logits.max()
+        for size in (17, 9, 1):
+            softmax = mix.OnlineSoftmax()
+            shares = np.zeros(0)
+            for first in range(0, 17, size):
+                rescale, new = softmax.join(list(logits[first : first + size]))
+                shares = np.concatenate([shares * (1.0 if rescale is None else rescale), new])
+            np.testing.assert_allclose(shares * softmax.inverse(), exact, rtol=2e-6)
+            np.testing.assert_allclose([softmax.weight(logit) for logit in logits], exact, rtol=2e-6)
+            assert softmax.lse() == pytest.approx(lse, rel=2e-6)
