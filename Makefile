@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 REPORT ?= report
 
-.PHONY: install report test lint bench readme-results clean
+.PHONY: install report test lint sanitize bench readme-results clean
 
 install: .venv/installed
 
@@ -18,6 +18,17 @@ report: .venv/installed
 
 test: .venv/installed
 	$(BIN)/python -m pytest
+
+# Memory errors and shared-memory races of the CuTe kernels, on a Hopper GPU.
+sanitize: .venv/installed
+	for tool in memcheck racecheck; do \
+	  compute-sanitizer --tool $$tool --kernel-name regex=cutlass --error-exitcode 1 \
+	    $(BIN)/python -m pytest tests/test_gpu.py -k small_case || exit 1; \
+	done
+
+bench: .venv/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,bench]"
+	$(BIN)/python -m bench.run --out bench/results
 
 # mypy reads the package as it is installed: under the name attnres, with its py.typed.
 lint: .venv/installed

@@ -1,7 +1,8 @@
 """What the public functions accept.
 
-Each check raises before anything is launched, naming the argument, its value and what is allowed. The checks read only metadata (type, shape, dtype, device, strides), so torch.compile can trace through them; addresses are read at
-launch (`byte_alignment`). Nothing is cast or copied to make an argument fit.
+Each check raises before anything is launched, naming the argument, its value and what is allowed. The checks read only metadata
+(type, shape, dtype, device, strides), so torch.compile can trace through them; addresses are read at launch (`byte_alignment`).
+Nothing is cast or copied to make an argument fit.
 """
 
 from __future__ import annotations

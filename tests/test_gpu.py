@@ -85,6 +85,22 @@ def test_same_inputs_same_bits(op: str, backend: str) -> None:
         assert all(torch.equal(a.nan_to_num(nan=0.5), b.nan_to_num(nan=0.5)) for a, b in pairs), name
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_small_case(op: str) -> None:
+    """What `make sanitize` runs: one small call of each CuTe kernel, with every optional part."""
+    case = inputs.make_case(op, Shape(300, 384, 5, 8), dtype="bf16/fp32", device="cuda")
+    with torch.no_grad(), attnres.use_backend("cute"):
+        given = {
+            "mix": attnres.attn_res,
+            "phase1": attnres.phase_1,
+            "phase2": attnres.phase_2,
+            "step": attnres.attn_res_step,
+        }
+        out = given[op](**case.arguments)
+    torch.cuda.synchronize()
+    assert (out if isinstance(out, torch.Tensor) else out[0]).isfinite().all()
+
+
 @pytest.mark.parametrize("backend", ["triton", "cute"])
 def test_offsets_past_two_to_the_31(backend: str) -> None:
     tokens, size = 2**31 // 7168 + 300, 7168
