@@ -26,9 +26,13 @@ sanitize: .venv/installed
 	    $(BIN)/python -m pytest tests/test_gpu.py -k small_case || exit 1; \
 	done
 
+# Needs a GPU; installs the peers it compares with.
 bench: .venv/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,bench]"
 	$(BIN)/python -m bench.run --out bench/results
+
+readme-results: .venv/installed
+	$(BIN)/python -m bench.readme
 
 # mypy reads the package as it is installed: under the name attnres, with its py.typed.
 lint: .venv/installed

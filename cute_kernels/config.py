@@ -30,16 +30,23 @@ PRODUCER_REGISTERS = 24
 
 MAX_ROW_VECTORS = 4  # per thread: 32 elements of a row are 16 registers packed
 MAX_GROUP_WARPS = 8
-MAX_GROUPS = 8
+MAX_GROUPS = 12
 MAX_CONSUMER_WARPS = 15
+# With fewer, arithmetic does not hide behind the loads. On an H200, D 2304, L 17: .57 of copy bandwidth with 6 warps.
+GOOD_CONSUMER_WARPS = 12
+FAIR_CONSUMER_WARPS = 7
+MIN_CHUNK = 2
 # Of a consumer thread, besides row data: addresses, barrier state, scalars; and for each row, two sums and then a logit and a share.
 # With these, no configuration spills (tests compile the tightest ones).
-OTHER_REGISTERS = 29
-REGISTERS_PER_ROW = 2
-# A slot this large keeps barrier traffic low against the row's own arithmetic; larger ones only make the ring coarser.
-SLOT_BYTES = 8192
+OTHER_REGISTERS = 24
+REGISTERS_PER_ROW = 2.5
+# Of all rings. More was slower on an H200: D 7168, L 9: .966 of copy bandwidth with 112 KB, .949 with 224; D 4096, L 5: .949 with 120,
+# .936 with 216.
+RING_BYTES = 144 * 1024
+# Two rows of 2048 or 2304 elements share a slot, for fewer barriers. On an H200, D 2048, L 17: .908 with one row, .950 with two.
+SLOT_BYTES = 10 * 1024
 MIN_SLOTS = 4  # of a group, where rows are small enough
-MAX_SLOTS = 32
+MAX_SLOTS = 32  # a producer warp's lanes initialise a slot each
 
 
 def refusal(
@@ -122,9 +129,9 @@ def slot_bytes(rows: int, pitch: int) -> int:
     return rows * pitch * ITEM_BYTES + 16
 
 
-def table_bytes(rows: int) -> int:
-    """Address and stride of each row (pipelines.RowTable)."""
-    return rows * 16
+def table_bytes(rows: int, producers: int) -> int:
+    """Address and stride of each row, for each producer (pipelines.RowTable)."""
+    return rows * 16 * producers
 
 
 def exchange_bytes(chunk: int, warps: int, groups: int) -> int:
@@ -197,7 +204,7 @@ class RowConfig:
         tile = self.tile
         return (
             tile.groups * tile.slots * slot_bytes(tile.rows, self.pitch)
-            + table_bytes(self.rows_per_token)
+            + table_bytes(self.rows_per_token, tile.producer_warps)
             + exchange_bytes(tile.chunk, tile.warps, tile.groups)
             + (self.pitch * 4 if self.output_weight else 0)
         )
@@ -206,47 +213,51 @@ class RowConfig:
 def row_tile(
     hidden_size: int, num_sources: int, *, merge: bool = False, delta: bool = False, output_norm: bool = False
 ) -> Tile:
-    """The tile of a shape: as many tokens in flight as their rows fit the registers, else one group and chunks of rows.
+    """The tile of a shape: enough warps, and then as many tokens in flight as the registers can hold.
 
-    Few warps a row give each thread long runs of independent arithmetic and cheap reductions; many groups hide one token's
-    reductions behind other tokens' rows.
+    Best is a token's rows all in registers, with 12 warps or more: few warps a row give each thread long runs of independent
+    arithmetic and cheap reductions, many groups hide one token's reductions behind other tokens' rows. Where the rows are too many
+    they come in chunks, which cost a reduction each.
     """
     extra = merge + delta  # rows held besides the chunk
 
     def vectors(warps: int) -> int:
         return -(-hidden_size // (VECTOR * LANES * warps))
 
-    def needed(warps: int, rows: int, in_chunks: bool) -> int:
+    def needed(warps: int, rows: int) -> float:
         """Registers: packed rows, the fp32 query, and between chunks the fp32 mix."""
-        data = vectors(warps) * (4 * (rows + extra) + 8 + 8 * in_chunks)
+        data = vectors(warps) * (4 * (rows + extra) + 8 + 8 * (rows < num_sources))
         return data + REGISTERS_PER_ROW * rows + OTHER_REGISTERS
 
     def tile(warps: int, groups: int, chunk: int) -> Tile:
-        consumers = warps * groups
+        producers = 4 if warps * groups in (8, 12) else 1
         pitch = vectors(warps) * warps * LANES * VECTOR
-        other = table_bytes(num_sources + extra) + exchange_bytes(chunk, warps, groups) + pitch * 4 * output_norm
-        ring = (SHARED_BYTES - other) // groups
-        rows = max(1, min(min(SLOT_BYTES, ring // MIN_SLOTS) // (pitch * ITEM_BYTES), num_sources + extra))
-        slots = min(ring // slot_bytes(rows, pitch), MAX_SLOTS)
-        return Tile(warps, groups, 4 if consumers in (8, 12) else 1, chunk, rows, slots)
+        other = table_bytes(num_sources + extra, producers) + exchange_bytes(chunk, warps, groups)
+        fits = (SHARED_BYTES - other - pitch * 4 * output_norm) // groups
+        rows = max(1, min(min(SLOT_BYTES, fits // MIN_SLOTS) // (pitch * ITEM_BYTES), num_sources + extra))
+        wanted = max(RING_BYTES // groups // slot_bytes(rows, pitch), MIN_SLOTS)
+        return Tile(warps, groups, producers, chunk, rows, min(fits // slot_bytes(rows, pitch), wanted, MAX_SLOTS))
 
-    def chunked(warps: int) -> Tile:
-        groups = max(1, MAX_GROUP_WARPS // warps)
-        limit = tile(warps, groups, 1).registers
-        most = max(c for c in range(1, num_sources + 1) if needed(warps, c, True) <= limit)
-        return tile(warps, groups, -(-num_sources // -(-num_sources // most)))
+    def in_chunks(warps: int, groups: int) -> Tile | None:
+        """Even chunks, as large as the registers take."""
+        registers = tile(warps, groups, 1).registers
+        most = max((c for c in range(1, num_sources + 1) if needed(warps, c) <= registers), default=0)
+        return tile(warps, groups, -(-num_sources // -(-num_sources // most))) if most else None
 
-    # The least padding, then the fewest warps.
+    # The least padding, then the fewest warps; twice as many halve a thread's share of the rows, but not to a single vector.
     fitting = [w for w in range(1, MAX_GROUP_WARPS + 1) if vectors(w) <= MAX_ROW_VECTORS]
     base = min(fitting, key=lambda w: (vectors(w) * w, w))
-    # Twice the warps halve a thread's share of the rows; at one vector a thread the overhead of a row would outweigh it.
-    doubled = [base * 2] if base * 2 <= MAX_GROUP_WARPS and vectors(base) % 2 == 0 and vectors(base) > 2 else []
-    for warps in [base, *doubled]:
-        for groups in range(min(MAX_CONSUMER_WARPS // warps, MAX_GROUPS), 0, -1):
-            whole = tile(warps, groups, num_sources)
-            if needed(warps, num_sources, False) <= whole.registers:
-                return whole
-    return min(map(chunked, [base, *doubled]), key=lambda t: len(t.chunks(num_sources)))
+    choices = [(base, groups) for groups in range(1, min(MAX_CONSUMER_WARPS // base, MAX_GROUPS) + 1)]
+    if vectors(base) == 4 and base * 2 <= MAX_GROUP_WARPS:
+        # Not one group: on an H200, D 4096, L 17: .853 of copy bandwidth with 8 warps on one token.
+        choices += [(base * 2, groups) for groups in range(2, MAX_CONSUMER_WARPS // (base * 2) + 1)]
+
+    def worth(t: Tile) -> tuple[bool, bool, bool, int, int]:
+        whole = t.chunk == num_sources
+        good, fair = t.consumer_warps >= GOOD_CONSUMER_WARPS, t.consumer_warps >= FAIR_CONSUMER_WARPS
+        return whole and good, whole and fair, good and t.chunk >= MIN_CHUNK, -len(t.chunks(num_sources)), t.groups
+
+    return max(filter(None, (in_chunks(*choice) for choice in choices)), key=worth)
 
 
 def row_config(

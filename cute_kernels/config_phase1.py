@@ -29,12 +29,27 @@ RING_TOKENS = 4  # more did not help (measured on an H200: three or four tokens 
 RING_BYTES = 64 * 1024  # ... when they are this many bytes: what hides the latency of device memory
 SCRATCH_BYTES = 1024  # alignment of the allocation
 
+MANTISSA_BITS = {"bf16": 8, "fp16": 11, "fp32": 24}
+
 PRODUCER_REGISTERS = 40
 CONSUMER_REGISTERS = 232
 
 
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def query_terms(dtype: str, query: str, key_weight: str | None) -> int:
+    """How many numbers of the storage dtype add up to an effective query, query * key_weight.
+
+    Two bf16 numbers have 17 bits (each has 8, the second a sign of its own), enough for a product of two bf16 numbers;
+    with 17 of fp32's 24 bits, logits were off by 2.5e-6 (measured on an H200), lse past its budget. Two fp16 numbers
+    have 23.
+    """
+    if key_weight is None and query == dtype:
+        return 1
+    bits = MANTISSA_BITS[query] + (MANTISSA_BITS[key_weight] if key_weight else 0)
+    return 3 if dtype == "bf16" and bits > 17 else 2
 
 
 @dataclass(frozen=True)
@@ -52,6 +67,9 @@ class Phase1Tile:
     slots: int
     segment: int  # blocks of one bulk store
     stages: int  # bulk stores of one warp that may be under way
+    # How sums cross warps. False: each warp adds up one share of them and sends it to every CTA. True: each warp sends
+    # its partial sums to every CTA, and every warp adds all of them up: more reads, one wait less.
+    direct: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,13 +87,9 @@ class Phase1Config:
     tile: Phase1Tile
 
     @property
-    def split(self) -> bool:
-        """Whether a query needs two numbers of the storage dtype, high and low."""
-        return self.key_weight is not None or self.query != self.dtype
-
-    @property
     def shape(self) -> Shape:
-        return Shape(self.hidden_size, self.num_sources, self.num_queries, self.split)
+        terms = query_terms(self.dtype, self.query, self.key_weight)
+        return Shape(self.hidden_size, self.num_sources, self.num_queries, terms)
 
     @property
     def threads(self) -> int:
@@ -101,7 +115,7 @@ class Shape:
     hidden_size: int
     num_sources: int
     num_queries: int
-    split: bool
+    terms: int  # of a query: see query_terms
 
     @property
     def octets(self) -> int:
@@ -110,8 +124,8 @@ class Shape:
 
     @property
     def operand_octets(self) -> int:
-        """Of query fragments held in registers: high parts, then low parts."""
-        return self.octets * (1 + self.split)
+        """Of query fragments held in registers: first terms, then second terms. Third terms are in shared memory."""
+        return self.octets * min(self.terms, 2)
 
     @property
     def groups(self) -> int:
@@ -165,14 +179,23 @@ class Shape:
         """One warp's staging buffer: the two octets of rows that an mma makes."""
         return min(self.out_octets, 2) * OCTET * self.stage_row_bytes(tile)
 
-    def barriers(self, tile: Phase1Tile) -> int:
-        return 2 * tile.slots + 4
+    def third_row_bytes(self, tile: Phase1Tile) -> int:
+        return tile.blocks * BLOCK * ITEM_BYTES + 16
+
+    def third_bytes(self, tile: Phase1Tile) -> int:
+        """The queries' third terms over one warp's columns."""
+        return self.octets * OCTET * self.third_row_bytes(tile) if self.terms == 3 else 0
+
+    def exchange_bytes(self, tile: Phase1Tile) -> int:
+        """Four buffers of every warp's sums, or two of this CTA's warps' and two of every CTA's."""
+        sums = 4 * tile.warps * tile.cluster if tile.direct else 2 * (tile.warps + tile.cluster)
+        return sums * self.partial_bytes
 
     def fixed_bytes(self, tile: Phase1Tile) -> int:
-        """All but the ring: staging, two buffers of partial and of reduced sums, barriers of the longest ring."""
+        """All but the ring: staging, third terms, buffers of sums, barriers of the longest ring."""
         return (
-            tile.warps * tile.stages * self.stage_bytes(tile)
-            + 2 * (tile.warps + tile.cluster) * self.partial_bytes
+            tile.warps * (tile.stages * self.stage_bytes(tile) + self.third_bytes(tile))
+            + self.exchange_bytes(tile)
             + 8 * (2 * MAX_SLOTS + 4)
         )
 
@@ -199,14 +222,14 @@ def phase1_config(
 
     Sources are then read once per part, which only problems do whose queries exceed the registers of a cluster of four.
     """
-    split = key_weight is not None or query != dtype
+    terms = query_terms(dtype, query, key_weight)
     parts = [ceil_div(ceil_div(num_queries, n), OCTET) * OCTET for n in (2, 4)]
     tiles = itertools.chain(
         ((s, cluster) for s in (num_queries, *parts) for cluster in (1, 2, 4)),
         ((s, 8) for s in (num_queries, *parts)),
     )
     for queries, cluster in tiles:
-        shape = Shape(hidden_size, num_sources, min(queries, num_queries), split)
+        shape = Shape(hidden_size, num_sources, min(queries, num_queries), terms)
         tile = _tile(shape, cluster)
         if tile:
             return Phase1Config(
@@ -290,3 +313,7 @@ def phase1_configs() -> Iterator[tuple[str, Callable[[Any], Any], Phase1Config]]
     yield "phase1_fwd", build, config(8192, 32, 32, dtype="fp16", query="fp32", key_weight="fp32")
     yield "phase1_fwd", build, config(72, 1, 1, logits=True, rstd=True)
     yield "phase1_fwd", build, config(4104, 3, 8, query="fp32")
+    yield "phase1_fwd", build, config(2048, 8, 16, query="fp32")
+    yield "phase1_fwd", build, config(7168, 8, 24, key_weight="fp32")
+    yield "phase1_fwd", build, config(1024, 9, 32, dtype="fp16", query="bf16", key_weight="bf16", logits=True, rstd=True)
+    yield "phase1_fwd", build, config(2048, 1, 16, query="fp32", key_weight="fp32", logits=True, rstd=True)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from cute_kernels.compile import cached_kernel, compile_kernel
-from cute_kernels.config import PARAMETER_DTYPES
+from cute_kernels.config import ALIGNMENT, PARAMETER_DTYPES
 from cute_kernels.config_phase1 import Phase1Config, phase1_config
 
 
@@ -38,9 +38,11 @@ def phase1_fwd(
 ) -> None:
     """out, lse, logits = phase 1 of all queries; rstd_n = (mean(v_n^2) + eps)^(-1/2).
 
-    Sources and out are bf16 or fp16, queries and key weights bf16, fp16 or fp32; rows start at multiples of 16 bytes.
+    Sources and out are bf16 or fp16, queries and key weights bf16, fp16 or fp32; rows of sources start at multiples of
+    16 bytes.
     Moves (N + S) T D elements, when one launch takes all queries (config_phase1). Deterministic.
     """
+    queries, key_weights = aligned(queries), None if key_weights is None else aligned(key_weights)
     num_queries, tokens, hidden_size = out.shape
     shape: dict[str, Any] = {
         "dtype": PARAMETER_DTYPES[out.dtype],
@@ -76,6 +78,15 @@ def phase1_fwd(
             stream,
         )
         first += config.num_queries
+
+
+def aligned(parameter: torch.Tensor) -> torch.Tensor:
+    """With rows at multiples of 16 bytes, as they are read; a copy if they are not (the backend choice sees to sources
+    only).
+    """
+    if (parameter.data_ptr() | parameter.stride(0) * parameter.element_size()) % ALIGNMENT == 0:
+        return parameter
+    return parameter.clone(memory_format=torch.contiguous_format)
 
 
 def grid(config: Phase1Config, tokens: int, sms: int) -> int:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import cute_kernels.compile  # before the DSL: it says which architecture to compile for
 from cute_kernels import config
 from cute_kernels.config import MAX_HIDDEN_SIZE, MAX_SOURCES, SHARED_BYTES, RowConfig, refusal, row_config, row_tile
 
@@ -58,9 +59,10 @@ def check_tile(hidden_size: int, num_sources: int, **flags: bool) -> None:
     rows = num_sources + flags.get("merge", False) + flags.get("delta", False)
     weight = tile.pitch(hidden_size) * 4 * flags.get("output_norm", False)
     ring = tile.groups * tile.slots * config.slot_bytes(tile.rows, tile.pitch(hidden_size))
-    exchange = config.exchange_bytes(tile.chunk, tile.warps, tile.groups)
-    assert ring + exchange + weight <= SHARED_BYTES, shape
-    assert tile.slots >= 3, shape
+    other = config.exchange_bytes(tile.chunk, tile.warps, tile.groups) + config.table_bytes(rows, tile.producer_warps)
+    assert ring + other + weight <= SHARED_BYTES, shape
+    # A consumer holds a slot until it has the next one, and a producer warp's lanes initialise one each.
+    assert 3 <= tile.slots <= LANES, shape
     assert 1 <= tile.rows <= rows, shape
     assert tile.pitch(hidden_size) >= hidden_size, shape
     assert tile.threads <= 16 * LANES, shape
@@ -72,10 +74,8 @@ def check_tile(hidden_size: int, num_sources: int, **flags: bool) -> None:
     # Named barriers: 16, of which the groups use 2 and up.
     assert tile.warps == 1 or tile.groups <= 14, shape
     held = tile.chunk + rows - num_sources
-    vectors = tile.vectors(hidden_size)
-    in_chunks = tile.chunk < num_sources
-    needed = vectors * (4 * held + 8 + 8 * in_chunks) + config.OTHER_REGISTERS
-    assert needed <= tile.registers, shape
+    data = tile.vectors(hidden_size) * (4 * held + 8 + 8 * (tile.chunk < num_sources))
+    assert data + config.REGISTERS_PER_ROW * tile.chunk + config.OTHER_REGISTERS <= tile.registers, shape
     assert [i for chunk in tile.chunks(num_sources) for i in chunk] == list(range(num_sources)), shape
 
 

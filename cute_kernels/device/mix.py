@@ -25,10 +25,11 @@ from cute_kernels.device.pipelines import (
     RowRing,
     RowRings,
     RowTable,
+    await_barriers,
     consumer_state,
     global_row,
     producer_state,
-    sync_after_init,
+    publish_barriers,
 )
 from cute_kernels.device.rows import (
     LANES,
@@ -37,12 +38,12 @@ from cute_kernels.device.rows import (
     RowSums,
     RowTile,
     add,
+    add_products,
     exp_difference,
     keep_packed,
     log,
     pack,
     reciprocal_root,
-    row_products,
     store_by_owner,
     store_scalar,
     tree,
@@ -100,7 +101,7 @@ class RowKernel:
             elements=config.hidden_size,
             consumer_warps=tile.warps,
         )
-        table = RowTable.allocate(smem, config.rows_per_token)
+        table = RowTable.allocate(smem, config.rows_per_token, tile.producer_warps)
         s_partials = None
         if const_expr(tile.warps > 1):
             # (LANES * depth, warps, 2, groups)
@@ -111,27 +112,32 @@ class RowKernel:
         if const_expr(config.output_weight is not None):
             # (pitch,) fp32: every token needs it, and the registers are full of rows
             s_weight = smem.allocate_tensor(Float32, cute.make_layout((config.pitch,)), 16)
-        if tid == 0:
-            rings.init_barriers()
-            table.fill(rows, strides, self.dtype.width // 8)
-        if const_expr(config.pitch > config.hidden_size):
-            rings.clear_padding(tid, config.threads)
-        if const_expr(config.output_weight is not None):
-            if warp < tile.warps:
-                part = RowTile(config.hidden_size, tile.warps, tid)
-                r_weight = part.load_global(TYPES[config.output_weight], operands.output_weight)
-                cute.autovec_copy(r_weight, part.view(s_weight))
-        sync_after_init()
-
         if warp >= tile.consumer_warps:
+            producer = warp - tile.consumer_warps
+            rings.init_barriers(producer, tile.producer_warps, tid % LANES)
+            publish_barriers(config.threads)
             if const_expr(tile.consumer_registers > 0):
                 cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
             with cute.arch.elect_one():
-                self.produce(warp - tile.consumer_warps, rings, table, scalars)
+                table.of(producer).fill(rows, strides, self.dtype.width // 8)
+                self.produce(producer, rings, table.of(producer), scalars)
         else:
+            if const_expr(config.pitch > config.hidden_size):
+                rings.clear_padding(tid, tile.consumer_warps * LANES)
+            if const_expr(config.output_weight is not None):
+                self.stage_weight(tid, s_weight, operands)
+            await_barriers(config.threads)
             if const_expr(tile.consumer_registers > 0):
                 cute.arch.setmaxregister_increase(tile.consumer_registers)
             self.consume(tid, warp, rings, s_partials, s_weight, operands, scalars)
+
+    @cute.jit
+    def stage_weight(self, tid: Int32, s_weight: cute.Tensor, operands: Operands):
+        """The output norm's weight to shared memory, by the first group."""
+        if tid < self.tile.warps * LANES:
+            part = RowTile(self.config.hidden_size, self.tile.warps, tid)
+            r_weight = part.load_global(TYPES[self.config.output_weight], operands.output_weight)
+            cute.autovec_copy(r_weight, part.view(s_weight))
 
     def token_count(self, scalars: Scalars) -> Int32:
         """Tokens of this CTA: block, block + grid, block + 2 grid, ..."""
@@ -216,11 +222,12 @@ class RowKernel:
                 logits.append(r_given)
             squares, products = [], []
             for source in chunk:
-                r_row = self.read_source(source, token, reader, operands)
-                r_rows.append(r_row)
-                square, product = row_products(r_row, r_u)
-                squares.append(square)
-                products.append(product)
+                # A row's arithmetic follows the loads of the next one, so that it covers their latency.
+                r_rows.append(self.read_source(source, token, reader, operands))
+                if source > chunk.start:
+                    add_products(squares, products, r_rows[-2], r_u)
+            reader.release()
+            add_products(squares, products, r_rows[-1], r_u)
             sums = RowSums(len(chunk))
             lane_logits = self.finish_logits(sums, exchange, squares, products, chunk.start, token, operands, scalars)
             held.append((chunk.start, sums, lane_logits))
@@ -317,9 +324,14 @@ class RowReader:
 
     def __init__(self, config: RowConfig, ring: RowRing, state: PipelineState, part: RowTile):
         self.config, self.ring, self.state, self.part, self.count = config, ring, state, part, 0
+        self.finished: PipelineState | None = None
 
     def next(self) -> cute.Tensor:
-        """This thread's (VECTOR, vectors) of the next row."""
+        """This thread's (VECTOR, vectors) of the next row.
+
+        A slot is given back only after the next row's loads have been issued (`release` does it at the end of a chunk): an arrive
+        waits for the loads before it, and so would the arithmetic.
+        """
         in_slot = self.count % self.config.tile.rows
         self.count += 1
         # For a slot's later rows the wait is over already, but its branch keeps the compiler from loading them all up front,
@@ -327,10 +339,17 @@ class RowReader:
         self.ring.wait(self.state)
         r_row = self.part.fragment(self.ring.dtype)
         cute.autovec_copy(self.part.view(self.ring.row(self.state, in_slot)), r_row)
+        self.release()
         if in_slot == self.config.tile.rows - 1 or self.count == self.config.rows_per_token:
-            self.ring.release(self.state)
+            self.finished = self.state.clone()
             self.state.advance()
         return r_row
+
+    def release(self) -> None:
+        """Gives back the slot whose last row has been read, if there is one."""
+        if self.finished is not None:
+            self.ring.release(self.finished)
+            self.finished = None
 
 
 class OnlineSoftmax:

@@ -107,6 +107,13 @@ def split_pack(dtype: type[Numeric], first: Float32, second: Float32) -> tuple[P
     return high, pack(dtype, first - high_first, second - high_second)
 
 
+def split_pack_three(dtype: type[Numeric], first: Float32, second: Float32) -> tuple[Pair, Pair, Pair]:
+    """Three pairs whose sum has three times the mantissa of one."""
+    high = pack(dtype, first, second)
+    high_first, high_second = unpack(dtype, high)
+    return high, *split_pack(dtype, first - high_first, second - high_second)
+
+
 def power_of_two_scale(peak: Float32) -> tuple[Float32, Float32]:
     """(2^e, 2^-e) with peak * 2^e in [2^13, 2^14): no fp16 overflow, and far from fp16's subnormals."""
     text = (
@@ -143,15 +150,17 @@ def store_shared(address: Int32, offset: int, values: list[Numeric], predicate: 
 def store_cluster(
     address: Int32, barrier: Int32, rank: Int32, values: list[Float32], predicate: Boolean | None = None
 ) -> None:
-    """Four values into the shared memory of the cluster's CTA `rank`, at the address and with the barrier they have
+    """1, 2 or 4 values into the shared memory of the cluster's CTA `rank`, at the address and with the barrier they have
     here.
 
-    The barrier's transaction count falls by 16 bytes when they have arrived.
+    The barrier's transaction count falls by their bytes when they have arrived.
     """
-    guard, condition = _guard(predicate, 7)
+    count = len(values)
+    guard, condition = _guard(predicate, 3 + count)
+    width, data = ("", "$3") if count == 1 else (f".v{count}", f"{{{_slots(3, count)}}}")
     text = (
         "{.reg .b32 d,b; mapa.shared::cluster.u32 d,$0,$2; mapa.shared::cluster.u32 b,$1,$2; "
-        f"{guard}st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [d],{{$3,$4,$5,$6}},[b];}}"
+        f"{guard}st.async.weak.shared::cluster.mbarrier::complete_tx::bytes{width}.b32 [d],{data},[b];}}"
     )
     ptx(text, [], [address, barrier, rank, *values, *condition], effects=True)
 
@@ -176,6 +185,16 @@ def load_two(dtype: type[Numeric], address: Int64, offset: int, predicate: Boole
     text = f"{{.reg .f32 t,u; {clear}{guard}ld.global.nc.v2.f32 {{t,u}},[$2+{offset}]; mov.f32 $0,t; mov.f32 $1,u;}}"
     first, second = ptx(text, [Float32, Float32], [address, *condition], effects=True)
     return first, second
+
+
+def load_vector(address: Int64, predicate: Boolean) -> list[Int32]:
+    """16 read-only bytes; zeros where the predicate is false."""
+    text = (
+        "{.reg .b32 t<4>; mov.b32 t0,0; mov.b32 t1,0; mov.b32 t2,0; mov.b32 t3,0; "
+        "@$5 ld.global.nc.v4.b32 {t0,t1,t2,t3},[$4]; "
+        "mov.b32 $0,t0; mov.b32 $1,t1; mov.b32 $2,t2; mov.b32 $3,t3;}"
+    )
+    return ptx(text, [Int32] * 4, [address, predicate], effects=True)
 
 
 def store_scalar(address: Int64, value: Float32, predicate: Boolean) -> None:

@@ -29,7 +29,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Boolean, Float16, Float32, Int32, Int64, const_expr
 
-from cute_kernels.config import ITEM_BYTES, LANES
+from cute_kernels.config import ITEM_BYTES, LANES, VECTOR
 from cute_kernels.config_phase1 import (
     BLOCK,
     CONSUMER_REGISTERS,
@@ -44,14 +44,15 @@ from cute_kernels.device.mma import (
     bulk_load,
     bulk_store,
     ldmatrix,
-    load_pair,
     load_shared,
     load_two,
+    load_vector,
     mma,
     pack,
     power_of_two_scale,
     select,
     split_pack,
+    split_pack_three,
     store_cluster,
     store_scalar,
     store_shared,
@@ -74,24 +75,27 @@ class Memory:
         shape, tile = config.shape, config.tile
         ring_bytes = tile.slots * shape.slot_bytes(tile)
         stage_bytes = tile.warps * tile.stages * shape.stage_bytes(tile)
-        partial_bytes = 2 * tile.warps * shape.partial_bytes
-        reduced_bytes = 2 * tile.cluster * shape.partial_bytes
+        third_bytes = tile.warps * shape.third_bytes(tile)
+        partial_bytes = 0 if tile.direct else 2 * tile.warps * shape.partial_bytes
         # [slots, 8 rows, row_bytes]
         self.ring = Int32(base.toint())
         # [warps, stages, 8 or 16 rows, stage_row_bytes]
         self.stage = self.ring + ring_bytes
-        # [2 buffers, warps, partial_bytes]
-        self.partial = self.stage + stage_bytes
-        # [2 buffers, CTAs of the cluster, partial_bytes]
+        # [warps, 8 per octet of queries, third_row_bytes]
+        self.third = self.stage + stage_bytes
+        # [2 buffers, warps, partial_bytes], when the exchange has two steps
+        self.partial = self.third + third_bytes
+        # [2 buffers, CTAs of the cluster, partial_bytes], or [4 buffers, CTAs, warps, partial_bytes]
         self.reduced = self.partial + partial_bytes
-        barriers_at = ring_bytes + stage_bytes + partial_bytes + reduced_bytes
+        barriers_at = ring_bytes + stage_bytes + third_bytes + shape.exchange_bytes(tile)
         barriers = cute.recast_ptr(base + barriers_at, dtype=Int64)
         # [slots]: the slot's bytes have landed; every warp that reads it is done
         self.full, self.empty = barriers, barriers + tile.slots
-        # [2 buffers]: every warp's partial sums are there; every share of the totals is there
+        # [2 buffers], when the exchange has two steps: every warp's partial sums are there
         self.partial_ready = barriers + 2 * tile.slots
-        self.reduced_ready = self.partial_ready + 2
-        self.reduced_ready_address = self.reduced + reduced_bytes + 8 * (2 * tile.slots + 2)
+        # [2 or 4 buffers]: every share of the totals is there
+        self.reduced_ready = self.partial_ready + (0 if tile.direct else 2)
+        self.reduced_ready_address = Int32(self.reduced_ready.toint())
 
 
 class Work(NamedTuple):
@@ -128,7 +132,7 @@ class Outputs(NamedTuple):
 
 
 class Queries(NamedTuple):
-    """operands[step][i]: two octets of rows; octets of high parts come first, then those of low parts.
+    """operands[step][i]: two octets of rows; octets of first terms come first, then those of second terms.
 
     An odd last octet has an operand for every two steps, with the next step's fragment as the second octet: what mixes
     one step's fragment with the other's columns is left out of the sums, and no register is a mere zero. (Operands take
@@ -136,8 +140,11 @@ class Queries(NamedTuple):
     """
 
     operands: list[list[tuple[Octet, Octet]]]
-    # per octet of queries: undoes a row's power of two, or None
-    unscale: list[Float32 | None]
+    # per octet of queries: undoes the power of two of fp16 terms
+    unscale: list[Float32]
+    # addresses that this lane gives to ldmatrix for third terms: of an odd first octet, of the first pair after it
+    third_octet: Int32
+    third_pairs: Int32
 
 
 class Phase1Kernel:
@@ -150,6 +157,9 @@ class Phase1Kernel:
         self.ragged = self.tile.cluster * self.shape.cta_columns(self.tile) != config.hidden_size
         # Blocks that the mix loads ahead: none where queries fill the registers
         self.ahead = 1 if self.shape.operand_registers(self.tile) < QUERY_REGISTERS else 0
+        # Of totals, and the shares that make one up
+        self.buffers = 4 if self.tile.direct else 2
+        self.shares = self.tile.cluster * (self.tile.warps if self.tile.direct else 1)
         # Whether some rows of a slot have no source
         self.vacant_rows = config.num_sources % self.shape.rows_per_token != 0
 
@@ -215,17 +225,9 @@ class Phase1Kernel:
     ):
         tile = self.tile
         thread, _, _ = cute.arch.thread_idx()
-        block, _, _ = cute.arch.block_idx()
-        blocks, _, _ = cute.arch.grid_dim()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         base = cutlass.utils.SmemAllocator().allocate(self.shape.shared_bytes(tile), 1024)
         memory = Memory(self.config, base)
-        rank = Int32(0)
-        if const_expr(tile.cluster > 1):
-            rank = cute.arch.block_idx_in_cluster()
-        items = (tokens + (self.shape.tokens - 1)) // self.shape.tokens
-        first, step = block // tile.cluster, blocks // tile.cluster
-        work = Work(rank, first, step, (items - first + step - 1) // step, tokens)
 
         if thread == 0:
             self.init_barriers(memory)
@@ -239,18 +241,29 @@ class Phase1Kernel:
                 cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
             if warp == tile.warps:
                 with cute.arch.elect_one():
-                    self.produce(memory, work, sources, strides)
+                    self.produce(memory, self.work(tokens), sources, strides)
                 cute.arch.sync_warp()
         else:
             if const_expr(self.config.producer_warps > 1):
                 cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
+            work = self.work(tokens)
             outputs = Outputs(out, lse, logits, rstd)
             lane = self.place(memory, work, warp, thread % LANES)
-            given = self.load_queries(lane, queries, query_stride, key_weights, key_weight_stride)
+            given = self.load_queries(memory, lane, queries, query_stride, key_weights, key_weight_stride)
             self.consume(memory, work, lane, given, outputs, eps, scale)
         if const_expr(tile.cluster > 1):
             # No CTA may leave while another can still write to its shared memory.
             self.sync()
+
+    def work(self, tokens: Int32) -> Work:
+        """By each role for itself: kept across the branch, its numbers were spilled for want of producer registers."""
+        cluster = self.tile.cluster
+        block, _, _ = cute.arch.block_idx()
+        blocks, _, _ = cute.arch.grid_dim()
+        rank = cute.arch.block_idx_in_cluster() if cluster > 1 else Int32(0)
+        items = (tokens + (self.shape.tokens - 1)) // self.shape.tokens
+        first, step = block // cluster, blocks // cluster
+        return Work(rank, first, step, (items - first + step - 1) // step, tokens)
 
     def sync(self) -> None:
         """All threads of the cluster."""
@@ -266,8 +279,9 @@ class Phase1Kernel:
         for slot in range(tile.slots):
             cute.arch.mbarrier_init(memory.full + slot, 1)
             cute.arch.mbarrier_init(memory.empty + slot, self.slab_warps)
-        for buffer in range(2):
+        for buffer in range(0 if tile.direct else 2):
             cute.arch.mbarrier_init(memory.partial_ready + buffer, tile.warps)
+        for buffer in range(self.buffers):
             # Over a cluster, shares arrive as bytes; the one arrival announces how many.
             cute.arch.mbarrier_init(memory.reduced_ready + buffer, tile.warps if tile.cluster == 1 else 1)
 
@@ -344,15 +358,16 @@ class Phase1Kernel:
 
     @cute.jit
     def consume(self, memory, work, lane, queries, outputs, eps: Float32, scale: Float32):
-        self.logits(memory, lane, queries, Int32(0))
-        self.exchange(memory, work, lane, Int32(0))
+        self.logits(memory, work, lane, queries, Int32(0))
+        if const_expr(not self.tile.direct):
+            self.exchange(memory, work, lane, Int32(0))
         for turn in cutlass.range(work.items, unroll=1):
             if turn + 1 < work.items:
-                self.logits(memory, lane, queries, turn + 1)
+                self.logits(memory, work, lane, queries, turn + 1)
             weights = self.softmax(memory, work, lane, outputs, turn, eps, scale)
             self.mix(memory, work, lane, outputs, turn, weights)
             self.release(memory, lane, turn)
-            if turn + 1 < work.items:
+            if const_expr(not self.tile.direct) and turn + 1 < work.items:
                 self.exchange(memory, work, lane, turn + 1)
         cute.arch.cp_async_bulk_wait_group(0)
 
@@ -366,40 +381,73 @@ class Phase1Kernel:
         index = turn * self.shape.slots_per_item(self.tile) + group * self.tile.slabs + lane.slab
         return index % self.tile.slots, (index // self.tile.slots) & 1
 
-    def logits(self, memory: Memory, lane: Lane, queries: Queries, turn: Int32) -> None:
-        """This warp's share of an item's products and squares, to its partial buffer."""
+    def logits(self, memory: Memory, work: Work, lane: Lane, queries: Queries, turn: Int32) -> None:
+        """This warp's share of an item's products and squares, to its partial buffer; or, when the exchange is direct,
+        to every CTA.
+        """
         shape, tile = self.shape, self.tile
-        share = memory.partial + ((turn & 1) * tile.warps + lane.warp) * shape.partial_bytes
+        buffer = turn % self.buffers
+        if tile.direct:
+            index = (buffer * tile.cluster + work.rank) * tile.warps + lane.warp
+            share = memory.reduced + index * shape.partial_bytes
+            if tile.cluster > 1:
+                self.announce_totals(memory, lane, buffer)
+        else:
+            share = memory.partial + (buffer * tile.warps + lane.warp) * shape.partial_bytes
         for group in range(shape.groups):
             slot, parity = self.slot(lane, turn, group)
             cute.arch.mbarrier_wait(memory.full + slot, parity)
             products, squares = self.products(lane.logits_rows + slot * shape.slot_bytes(tile), queries)
             at = group * (shape.octets * 256 + 32)
             for octet, pair in enumerate(products):
-                store_shared(share + lane.lane * 8, at + octet * 256, pair)
+                self.send(memory, buffer, share + (lane.lane * 8 + at + octet * 256), pair, None)
             # The square of row n is element (n, n) of its octet: in lane 4n + n // 2, the first or second number.
             square = select(lane.c % 2 == 0, squares[0], squares[1])
-            store_shared(share + lane.c * 4, at + shape.octets * 256, [square], lane.q == lane.c // 2)
-        cute.arch.sync_warp()
-        with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive(memory.partial_ready + (turn & 1))
+            at_square = share + (lane.c * 4 + at + shape.octets * 256)
+            self.send(memory, buffer, at_square, [square], lane.q == lane.c // 2)
+        if tile.cluster == 1 or not tile.direct:
+            cute.arch.sync_warp()
+            with cute.arch.elect_one():
+                ready = memory.reduced_ready if tile.direct else memory.partial_ready
+                cute.arch.mbarrier_arrive(ready + buffer)
+
+    def send(self, memory: Memory, buffer: Int32, address: Int32, values: list[Float32], predicate) -> None:
+        """Part of a warp's sums to their place here; or, when the exchange is direct, in every CTA."""
+        if self.tile.cluster == 1 or not self.tile.direct:
+            store_shared(address, 0, values, predicate)
+            return
+        for cta in range(self.tile.cluster):
+            store_cluster(address, memory.reduced_ready_address + buffer * 8, Int32(cta), values, predicate)
 
     def products(self, rows: Int32, queries: Queries) -> tuple[list[list[Float32]], list[Float32]]:
-        """Over the warp's columns: (this lane's two products per octet of queries, its two of rows times rows^T)."""
-        shape = self.shape
+        """Over the warp's columns: (this lane's two products per octet of queries, its two of rows times rows^T).
+
+        Third terms add to the sums of second terms; those of an odd first octet fill the idle half of the squares' mma.
+        """
+        shape, tile = self.shape, self.tile
+        third, odd = shape.terms == 3, shape.octets % 2
         count = shape.operand_octets
         sums: list[list[list[Float32] | None]] = [[None] * CHAINS for _ in range(count // 2 + count % 2)]
         squares: list[list[Float32] | None] = [None] * CHAINS
         for pair_of_steps in range(self.warp_columns // (2 * K_STEP)):
             # Columns 32i to 32i + 31 of the eight rows: operands of two steps
             columns = ldmatrix(rows, pair_of_steps * 2 * K_STEP * ITEM)
+            beside = [None, None]
+            if third and odd:
+                four = ldmatrix(queries.third_octet, pair_of_steps * 2 * K_STEP * ITEM)
+                beside = [(four[0], four[1]), (four[2], four[3])]
             for half in range(2):
                 step = 2 * pair_of_steps + half
                 chain = step % CHAINS
                 source: Octet = (columns[2 * half], columns[2 * half + 1])
                 for i, operand in enumerate(queries.operands[step]):
                     sums[i][chain] = mma(self.dtype, operand, source, sums[i][chain])
-                squares[chain] = mma(self.dtype, (source, None), source, squares[chain])
+                for i in range(shape.octets // 2 if third else 0):
+                    at = i * 2 * OCTET * shape.third_row_bytes(tile) + step * K_STEP * ITEM
+                    a0, a1, a2, a3 = ldmatrix(queries.third_pairs, at)
+                    second = (shape.octets + odd) // 2 + i
+                    sums[second][chain] = mma(self.dtype, ((a0, a2), (a1, a3)), source, sums[second][chain])
+                squares[chain] = mma(self.dtype, (source, beside[half]), source, squares[chain])
             # See mix_segment.
             if pair_of_steps % 2:
                 cute.arch.sync_warp()
@@ -410,14 +458,16 @@ class Phase1Kernel:
         if count % 2:
             even, odd = sums[-1]
             by_octet.append([even[e] + odd[2 + e] for e in range(2)])
+        r_squares = [tree(add, [chain[e] for chain in squares]) for e in range(4 if third and odd else 2)]
         products = by_octet[: shape.octets]
-        if shape.split:
+        if shape.terms > 1:
             low = by_octet[shape.octets : 2 * shape.octets]
+            if third and odd:
+                low[0] = [a + b for a, b in zip(low[0], r_squares[2:], strict=True)]
             products = [[h + l for h, l in zip(*both, strict=True)] for both in zip(products, low, strict=True)]
         for octet, unscale in enumerate(queries.unscale):
-            if unscale is not None:
-                products[octet] = [value * unscale for value in products[octet]]
-        return products, [tree(add, [chain[e] for chain in squares]) for e in range(2)]
+            products[octet] = [value * unscale for value in products[octet]]
+        return products, r_squares[:2]
 
     def exchange(self, memory: Memory, work: Work, lane: Lane, turn: Int32) -> None:
         """Adds this warp's share of the partial sums up and sends it to every CTA of the cluster.
@@ -425,6 +475,9 @@ class Phase1Kernel:
         Two buffers of each are enough. A warp writes partial sums of item k + 2 after it has seen all totals of k, when
         every warp is past its reads of partial sums k. It sends totals of k + 2 after it has seen all totals of k + 1,
         when every warp of every CTA has sent its share of them (none is empty), so is past its reads of totals k.
+
+        A direct exchange has no such step and needs four: a warp sends sums of item k + 2 after it has seen all of k;
+        a warp that has sent its sums of k may still read those of k - 1.
         """
         shape, tile = self.shape, self.tile
         buffer = turn & 1
@@ -459,7 +512,7 @@ class Phase1Kernel:
         """The barrier's one arrival. Bytes that come before it are counted too; the phase cannot end without it."""
         if lane.warp == 0:
             with cute.arch.elect_one():
-                size = self.tile.cluster * self.shape.partial_bytes
+                size = self.shares * self.shape.partial_bytes
                 cute.arch.mbarrier_arrive_and_expect_tx(memory.reduced_ready + buffer, size)
 
     def softmax(self, memory, work, lane, outputs, turn: Int32, eps, scale) -> list[list[tuple[Pair, Pair]]]:
@@ -468,10 +521,10 @@ class Phase1Kernel:
         Lane (c, q) holds query c of each octet and the item's columns 2q and 2q + 1: the layout of products and of
         operand A alike.
         """
-        shape, tile = self.shape, self.tile
-        buffer = turn & 1
-        cute.arch.mbarrier_wait(memory.reduced_ready + buffer, (turn >> 1) & 1)
-        totals = memory.reduced + buffer * (tile.cluster * shape.partial_bytes)
+        shape = self.shape
+        buffer = turn % self.buffers
+        cute.arch.mbarrier_wait(memory.reduced_ready + buffer, (turn // self.buffers) & 1)
+        totals = memory.reduced + buffer * (self.shares * shape.partial_bytes)
         item = work.item(turn)
         at = [group * (shape.octets * 256 + 32) for group in range(shape.groups)]
         rstd = []
@@ -492,14 +545,19 @@ class Phase1Kernel:
         return weights
 
     def total(self, address: Int32, offset: int) -> list[Float32]:
-        """Two numbers summed over the CTAs of the cluster."""
+        """Two numbers summed over their shares."""
         size = self.shape.partial_bytes
-        shares = [load_shared(Float32, address, offset + cta * size, 2) for cta in range(self.tile.cluster)]
+        shares = [load_shared(Float32, address, offset + share * size, 2) for share in range(self.shares)]
         return [tree(add, [share[e] for share in shares]) for e in range(2)]
 
     def source(self, lane: Lane, group: int, e: int) -> Int32:
         """The source in column 2q + e of a group."""
         return group * OCTET + (lane.q * 2 + e) % self.shape.rows_per_token
+
+    def columns(self, group: int) -> list[int]:
+        """Those e for which column 2q + e is a source for some lane."""
+        per_token = self.shape.rows_per_token
+        return [e for e in range(2) if group * OCTET + e % per_token < self.config.num_sources]
 
     def normalise(self, lane: Lane, logits: list[list[Float32]]) -> tuple[list[list[Float32]], list[Float32]]:
         """(weights [group][2], lse [2]) of one query per lane; the two columns belong to one token unless N is 1."""
@@ -549,7 +607,7 @@ class Phase1Kernel:
             return
         row = lane.c * shape.num_sources + self.source(lane, 0, 0)
         for group, pair in enumerate(logits):
-            for e in range(2):
+            for e in self.columns(group):
                 source, token = self.source(lane, group, e), e // shape.rows_per_token
                 present = chosen & (first + in_item + token < work.tokens) & (source < shape.num_sources)
                 rows = (octet * shape.num_sources + group) * OCTET + e % shape.rows_per_token
@@ -562,7 +620,7 @@ class Phase1Kernel:
         tokens = Int64(work.tokens)
         first, in_item = item * shape.tokens, lane.q * 2 // shape.rows_per_token
         for group, pair in enumerate(rstd):
-            for e in range(2):
+            for e in self.columns(group):
                 source, token = self.source(lane, group, e), e // shape.rows_per_token
                 present = chosen & (first + in_item + token < work.tokens) & (source < shape.num_sources)
                 rows = group * OCTET + e % shape.rows_per_token
@@ -684,31 +742,39 @@ class Phase1Kernel:
 
     # Queries
 
-    def load_queries(self, lane: Lane, queries: Int64, query_stride, key_weights: Int64, weight_stride) -> Queries:
-        """Operand fragments of the queries over the warp's columns, kept in registers; rows past the last are zero."""
-        shape = self.shape
+    def load_queries(self, memory, lane: Lane, queries: Int64, query_stride, key_weights, weight_stride) -> Queries:
+        """Operand fragments of the queries over the warp's columns, kept in registers; rows past the last are zero.
+
+        Third terms, which no register is left for, go to shared memory.
+        """
+        shape, tile = self.shape, self.tile
+        third_row = shape.third_row_bytes(tile)
+        third = memory.third + lane.warp * shape.third_bytes(tile)
         steps = self.warp_columns // K_STEP
         high: list[list[Octet]] = [[] for _ in range(steps)]
         low: list[list[Octet]] = [[] for _ in range(steps)]
-        unscale: list[Float32 | None] = []
-        for octet in range(shape.octets):
+        unscale: list[Float32] = []
+        if shape.terms == 1:
+            high = self.stored_fragments(memory, lane, queries, query_stride)
+        for octet in range(shape.octets if shape.terms > 1 else 0):
             reader = QueryReader(self, lane, octet, queries, query_stride, key_weights, weight_stride)
             scale = None
-            if shape.split and self.dtype is Float16:
+            if self.dtype is Float16:
                 scale, inverse = power_of_two_scale(reader.peak(self.warp_columns))
                 unscale.append(inverse)
-            else:
-                unscale.append(None)
             for step in range(steps):
-                if not shape.split:
-                    high[step].append((reader.stored(step * K_STEP), reader.stored(step * K_STEP + 8)))
-                    continue
                 parts = []
                 for column in (step * K_STEP, step * K_STEP + 8):
                     first, second = reader.product(Int32(column))
                     if scale is not None:
                         first, second = first * scale, second * scale
-                    parts.append(split_pack(self.dtype, first, second))
+                    if shape.terms == 3:
+                        *two, rest = split_pack_three(self.dtype, first, second)
+                        parts.append(two)
+                        at = octet * OCTET * third_row + column * ITEM
+                        store_shared(third + lane.c * third_row + lane.q * 4, at, [rest])
+                    else:
+                        parts.append(split_pack(self.dtype, first, second))
                 high[step].append((parts[0][0], parts[1][0]))
                 low[step].append((parts[0][1], parts[1][1]))
         fragments = [h + l for h, l in zip(high, low, strict=True)]
@@ -719,7 +785,53 @@ class Phase1Kernel:
                 even = step - step % 2
                 pairs.append((fragments[even][-1], fragments[even + 1][-1]))
             operands.append(pairs)
-        return Queries(operands, unscale)
+        if shape.terms > 1:
+            # Third terms are there. And the first products wait for the whole operands: together they spilled.
+            cute.arch.sync_warp()
+        # As in place(); and a pair's matrices are columns 0 to 7 of both octets, then columns 8 to 15 of both.
+        third_octet = third + (lane.lane % 8) * third_row + (lane.lane // 8) * 16
+        third_pairs = third + (shape.octets % 2 * OCTET + lane.lane % 16) * third_row + (lane.lane // 16) * 16
+        return Queries(operands, unscale, third_octet, third_pairs)
+
+
+    def stored_fragments(self, memory: Memory, lane: Lane, queries: Int64, query_stride: Int64) -> list[list[Octet]]:
+        """[step][octet] of queries that are taken as they are, in the storage dtype: by way of the staging buffer.
+
+        Read straight into fragments, 4 bytes a lane, they took 2 us more of the fixed cost (an estimate: 8 rows to a
+        request).
+        """
+        shape, tile = self.shape, self.tile
+        stage = memory.stage + lane.warp * tile.stages * shape.stage_bytes(tile)
+        stage_row = shape.stage_row_bytes(tile)
+        at_once = shape.stage_bytes(tile) // (OCTET * stage_row)
+        fragments: list[list[Octet]] = [[] for _ in range(self.warp_columns // K_STEP)]
+        for octet in range(0, shape.octets, at_once):
+            octets = min(at_once, shape.octets - octet)
+            for first in range(0, tile.blocks, tile.segment):
+                segment = range(first, min(first + tile.segment, tile.blocks))
+                per_row = len(segment) * BLOCK // VECTOR
+                loaded = []
+                for index in range(0, octets * OCTET * per_row, LANES):
+                    row, vector = (index + lane.lane) // per_row, (index + lane.lane) % per_row
+                    query, column = octet * OCTET + row, lane.column + first * BLOCK + vector * VECTOR
+                    inside = query < shape.num_queries
+                    if self.ragged:
+                        inside = inside & (column < shape.hidden_size)
+                    address = queries + (Int64(query) * query_stride + column) * ITEM
+                    loaded.append((stage + row * stage_row + vector * 16, load_vector(address, inside)))
+                for address, values in loaded:
+                    store_shared(address, 0, values)
+                cute.arch.sync_warp()
+                for i in range(octets):
+                    rows = stage + (i * OCTET + lane.lane % 8) * stage_row + (lane.lane // 8) * 16
+                    for block in segment:
+                        for half in range(2):
+                            four = ldmatrix(rows, ((block - first) * BLOCK + half * 2 * K_STEP) * ITEM)
+                            step = block * (BLOCK // K_STEP) + half * 2
+                            fragments[step].append((four[0], four[1]))
+                            fragments[step + 1].append((four[2], four[3]))
+                cute.arch.sync_warp()
+        return fragments
 
 
 class QueryReader:
@@ -746,10 +858,6 @@ class QueryReader:
             return self.present
         inside = self.lane.column + column < self.config.hidden_size
         return inside if self.present is None else inside & self.present
-
-    def stored(self, column: int) -> Pair:
-        """The query as it is, in the storage dtype."""
-        return load_pair(self.query_type, self.query, column * ITEM, self.inside(column))
 
     def product(self, column: Int32) -> tuple[Float32, Float32]:
         """query * key_weight in fp32."""

@@ -31,7 +31,7 @@ class NamedBarrier(enum.IntEnum):
     """Hardware barrier ids (16 per thread block); one per consumer group from GROUP on."""
 
     CTA = 0
-    CONSUMERS = 1
+    START = 1
     GROUP = 2
 
 
@@ -53,14 +53,17 @@ class RowTable:
     A producer that loops over it needs few registers; with all rows unrolled, it spills the few that setmaxnreg leaves it.
     """
 
-    s_entries: cute.Tensor  # (address and stride, rows)
+    s_entries: cute.Tensor  # (address and stride, rows), of all producers (2, rows, producers)
 
     @staticmethod
-    def allocate(smem: SmemAllocator, rows: int) -> "RowTable":
-        return RowTable(smem.allocate_tensor(Int64, cute.make_layout((2, rows)), byte_alignment=16))
+    def allocate(smem: SmemAllocator, rows: int, producers: int) -> "RowTable":
+        return RowTable(smem.allocate_tensor(Int64, cute.make_layout((2, rows, producers)), byte_alignment=16))
+
+    def of(self, producer: Int32) -> "RowTable":
+        return RowTable(self.s_entries[None, None, producer])
 
     def fill(self, addresses: list, strides: list, item_bytes: int) -> None:
-        """By one thread, before `sync_after_init`; strides in elements."""
+        """By the thread that reads it; strides in elements."""
         for i, (address, stride) in enumerate(zip(addresses, strides, strict=True)):
             self.s_entries[0, i] = address
             self.s_entries[1, i] = stride * item_bytes
@@ -157,17 +160,18 @@ class RowRings:
         full = self.barriers + group * (2 * slots)
         return RowRing(self.s_rows[None, None, None, group], full, full + slots, self.elements)
 
-    def init_barriers(self) -> None:
-        """By one thread, before `sync_after_init`."""
+    @cute.jit
+    def init_barriers(self, first: Int32, step: cutlass.Constexpr, lane: Int32) -> None:
+        """By a producer warp: the barriers of groups first, first + step, ..., a slot a lane; then `publish_barriers`."""
         _, _, slots, groups = self.s_rows.shape
-        for group in range(groups):
-            for slot in range(slots):
-                full = self.barriers + (group * 2 * slots + slot)
+        for group in cutlass.range(first, groups, step, unroll=1):
+            if lane < slots:
+                full = self.barriers + (group * (2 * slots) + lane)
                 cute.arch.mbarrier_init(full, 1)
                 cute.arch.mbarrier_init(full + slots, self.consumer_warps)
 
     def clear_padding(self, thread: Int32, threads: int) -> None:
-        """By all threads, before `sync_after_init`: zeros between a row's end and the next row, where no copy ever writes."""
+        """By all consumers, before `await_barriers`: zeros between a row's end and the next row, where no copy ever writes."""
         pitch, rows, slots, groups = self.s_rows.shape
         padding = pitch - self.elements
         words = padding * rows * slots * groups // 8
@@ -188,7 +192,17 @@ def _clear(s_padding: cute.Tensor, zeros: cute.Tensor, index: Int32, words: cutl
         cute.autovec_copy(zeros, s_padding[None, index % per_row, index // per_row])
 
 
-def sync_after_init() -> None:
-    """Makes barriers initialised by one thread, and other early shared-memory writes, visible to the whole thread block."""
+def publish_barriers(threads: int) -> None:
+    """By a producer warp after its barriers' init: it may fill their slots at once, without waiting for the consumers.
+
+    Makes the init visible to bulk copies, to the warp's other lanes, and to the consumers, which `await_barriers`.
+    """
     cute.arch.mbarrier_init_fence()
-    cute.arch.barrier()
+    cute.arch.fence_view_async_shared()
+    cute.arch.sync_warp()
+    cute.arch.barrier_arrive(barrier_id=NamedBarrier.START, number_of_threads=threads)
+
+
+def await_barriers(threads: int) -> None:
+    """By every consumer thread, before its first use of a ring and after what consumers prepare for each other."""
+    cute.arch.barrier(barrier_id=NamedBarrier.START, number_of_threads=threads)

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32, Int64, Numeric, const_expr
+from cutlass import BFloat16, Boolean, Float32, Int32, Int64, Numeric, const_expr
 
 from cute_kernels.device.pipelines import NamedBarrier, global_row
 
@@ -212,19 +212,25 @@ def log(x: Float32) -> Float32:
     return cute.math.log2(x, fastmath=True) * Float32(LN_2)
 
 
-def row_products(r_row: cute.Tensor, r_u: cute.Tensor) -> tuple[Float32, Float32]:
-    """This thread's part of (<x, x>, <x, u>); two accumulators each, so that one warp alone can keep the FMA pipe busy."""
-    squares, products = [Float32(0.0)] * 2, [Float32(0.0)] * 2
+def add_products(squares: list[Float32], products: list[Float32], r_row: cute.Tensor, r_u: cute.Tensor) -> None:
+    """Appends this thread's part of <x, x> and <x, u>; two accumulators each keep a lone warp's FMA pipe busy."""
+    square, product = [Float32(0.0)] * 2, [Float32(0.0)] * 2
     for v in range(cute.size(r_row, mode=[1])):
         x = unpack(r_row, v)
         for e in range(VECTOR):
-            squares[e % 2] = squares[e % 2] + x[e] * x[e]
-            products[e % 2] = products[e % 2] + x[e] * r_u[e, v]
-    return squares[0] + squares[1], products[0] + products[1]
+            square[e % 2] = square[e % 2] + x[e] * x[e]
+            product[e % 2] = product[e % 2] + x[e] * r_u[e, v]
+    squares.append(square[0] + square[1])
+    products.append(product[0] + product[1])
 
 
 def unpack(r_row: cute.Tensor, v: int) -> list[Float32]:
     """Vector v as fp32."""
+    if r_row.element_type is BFloat16:
+        # One instruction an element; the conversion of a vector takes two for every upper half.
+        words = cute.recast_tensor(r_row[None, v], Int32)
+        halves = [(words[i] << 16, words[i] & -0x10000) for i in range(VECTOR // 2)]
+        return [half.bitcast(Float32) for pair in halves for half in pair]
     x = r_row[None, v].load().to(Float32)
     return [x[e] for e in range(VECTOR)]
 

@@ -1,0 +1,1 @@
+"""Benchmarks against peers: `python -m bench.run`, from the root of the repository."""

@@ -1,0 +1,209 @@
+"""The results as one JSON-able dictionary, and its tables for the terminal and for Markdown."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from attnres import report
+from bench.ops import Case
+from bench.providers import PROVIDERS
+from bench.timing import COPY_BYTES
+
+Results = dict[str, Any]
+_ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table: the first column names the row; the index of each row's best cell, if any, is kept apart."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]] = field(default_factory=list)
+    best: list[int | None] = field(default_factory=list)
+
+
+def metadata(device: torch.device) -> dict[str, Any]:
+    return {
+        **report.describe(device),
+        "providers": {name: p.version() for name, p in PROVIDERS.items()},
+        "driver": _query("driver_version"),
+        "clocks at start": clocks(),
+        "cuda": torch.version.cuda,
+        "l2_bytes": torch.cuda.get_device_properties(device).L2_cache_size,
+        **_git(),
+    }
+
+
+def clocks() -> str:
+    """SM and memory clock, their limits, temperature and power, as nvidia-smi reads them now."""
+    return _query("clocks.sm,clocks.mem,clocks.max.sm,temperature.gpu,power.draw")
+
+
+def _query(fields: str) -> str:
+    return _output("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader").split("\n")[0]
+
+
+def _git() -> dict[str, Any]:
+    sha = _output("git", "-C", str(_ROOT), "rev-parse", "HEAD")
+    return {
+        "git": sha or None,
+        "dirty": bool(_output("git", "-C", str(_ROOT), "status", "--porcelain")) if sha else None,
+    }
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def entry(case: Case) -> dict[str, Any]:
+    """A case without results yet."""
+    return {
+        "name": case.name,
+        "group": case.group,
+        "sizes": case.sizes,
+        "tokens": case.shape.tokens,
+        "headline": case.headline,
+        "least_bytes": case.least_bytes,
+        "results": {},
+    }
+
+
+def path_in(folder: Path, device_name: str) -> Path:
+    slug = re.sub(r"[^a-z0-9]+", "-", device_name.lower().replace("nvidia", "")).strip("-")
+    return folder / f"bench_{slug}.json"
+
+
+def save(results: Results, path: Path) -> None:
+    """Atomically, so that a run that is stopped leaves what it had."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text(json.dumps(results, indent=1) + "\n")
+    os.replace(scratch, path)
+
+
+def share(case: dict[str, Any], provider: str) -> float | None:
+    """least bytes / time / copy bandwidth of the same case's rounds."""
+    found = case["results"].get(provider, {})
+    if "us" not in found or "copy" not in case:
+        return None
+    return (case["least_bytes"] / found["us"]) / (COPY_BYTES / case["copy"]["us"])
+
+
+def is_decode(group: str) -> bool:
+    return group == "decode step"
+
+
+def providers_of(cases: list[dict[str, Any]]) -> list[str]:
+    """Those with at least one time in these cases, in the order of PROVIDERS."""
+    timed = {name for case in cases for name, found in case["results"].items() if "us" in found}
+    return [name for name in PROVIDERS if name in timed]
+
+
+def groups(results: Results) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for case in results["cases"]:
+        found.setdefault(case["group"], []).append(case)
+    return found
+
+
+def grids(results: Results, headline_only: bool = False) -> Iterator[Grid]:
+    """One table per operation (share of copy bandwidth; decode: microseconds), then host cost and first calls."""
+    for group, every in groups(results).items():
+        cases = [case for case in every if case["headline"] or not headline_only]
+        names = providers_of(cases)
+        if names:
+            unit = "µs per call in a CUDA graph" if is_decode(group) else "share of copy bandwidth"
+            grid = Grid(f"{group}: {unit}", ["shape", *names])
+            for case in cases:
+                grid.rows.append([case["sizes"], *(_cell(case, name) for name in names)])
+                grid.best.append(_best(case, names))
+            yield grid
+    if results.get("host"):
+        yield _of_providers("Python per eager call, µs", results["host"], lambda value: f"{value:.1f}")
+    flat = {
+        f"{name}, {when}": {"": found} if isinstance(found, str) else found
+        for name, by_cache in results.get("first_call", {}).items()
+        for when, found in by_cache.items()
+    }
+    if flat:
+        seconds = _of_providers(
+            "First call in a new process, seconds", flat, lambda v: v if isinstance(v, str) else f"{v:.2f}"
+        )
+        yield seconds
+
+
+def _of_providers(title: str, rows: dict[str, dict[str, Any]], text: Any) -> Grid:
+    columns = list(dict.fromkeys(name for found in rows.values() for name in found))
+    grid = Grid(title, ["", *columns])
+    for label, found in rows.items():
+        grid.rows.append([label, *(text(found[name]) if name in found else "" for name in columns)])
+        grid.best.append(None)
+    return grid
+
+
+def _cell(case: dict[str, Any], provider: str) -> str:
+    found = case["results"].get(provider, {})
+    if "us" not in found:
+        return "" if "status" not in found else found["status"].split(":")[0]
+    text = f"{found['us']:.2f}" if is_decode(case["group"]) else f"{share(case, provider) or 0:.3f}"
+    return text if found.get("within_budget", True) else f"{text} (error {found['error']:.1e})"
+
+
+def _best(case: dict[str, Any], names: list[str]) -> int | None:
+    times = {index: case["results"].get(name, {}).get("us") for index, name in enumerate(names, 1)}
+    timed = {index: time for index, time in times.items() if time is not None}
+    return min(timed, key=lambda index: timed[index]) if len(timed) > 1 else None
+
+
+def notes(results: Results) -> list[str]:
+    """What is not in the tables: providers that are missing, and results that failed or are out of budget."""
+    found = [f"{name}: {reason}" for name, reason in results.get("missing", {}).items()]
+    for case in results["cases"]:
+        for name, result in case["results"].items():
+            if "status" in result and not result["status"].startswith("not supported"):
+                found.append(f"{case['name']}, {name}: {result['status']}")
+            if name.startswith("ours") and not result.get("within_budget", True):
+                found.append(f"{case['name']}, {name}: {result['checked']} is outside its error budget")
+    return found
+
+
+def print_tables(results: Results, console: Console) -> None:
+    for grid in grids(results):
+        table = Table(title=grid.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        for column in grid.header:
+            table.add_column(column, no_wrap=True)
+        for row, best in zip(grid.rows, grid.best, strict=True):
+            table.add_row(*(f"[bold]{cell}[/]" if index == best else cell for index, cell in enumerate(row)))
+        console.print(table)
+    for note in notes(results):
+        console.print(note, markup=False, style="yellow")
+
+
+def to_markdown(results: Results, headline_only: bool = False) -> str:
+    parts = []
+    for grid in grids(results, headline_only):
+        lines = [f"**{grid.title}**", "", _line(grid.header), _line(["---"] * len(grid.header))]
+        for row, best in zip(grid.rows, grid.best, strict=True):
+            lines.append(_line([f"**{cell}**" if index == best else cell for index, cell in enumerate(row)]))
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"

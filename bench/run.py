@@ -1,0 +1,199 @@
+"""The benchmark suite: `python -m bench.run --out bench/results`. Needs a GPU.
+
+Writes bench_<device>.json after every case (a run that is stopped keeps what it had), then plots and a Markdown table. Exit code 1
+if a case or a result of ours failed, 2 without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from bench import host, plots, results, timing
+from bench.ops import CASES, Case, Inputs, Sample, check, make_inputs, sample
+from bench.providers import PROVIDERS, Call, Provider, Unsupported
+from bench.timing import COPY, OutOfTime, Timed
+from bench.warm import warm
+
+WARM_SECONDS = 110.0
+PEER_SECONDS = 180.0  # of timing; afterwards peers run on headline cases alone, which come first
+FIRST_CALL_SECONDS = 40.0  # of one provider in one case: imports, compiles, autotunes
+BURST_SECONDS = 0.01
+ROUNDS = 7
+QUICK_ROUNDS = 3
+FEW_JOBS = 12  # not worth starting processes for
+
+
+class Suite:
+    """One run: the results so far, and who is measured."""
+
+    def __init__(self, device: torch.device, providers: list[Provider], path: Path, rounds: int, console: Console):
+        self.device = device
+        self.path, self.rounds, self.console = path, rounds, console
+        self.data: dict[str, Any] = {"metadata": results.metadata(self.device), "missing": {}, "cases": []}
+        reasons = {provider.name: provider.missing() for provider in providers}
+        self.data["missing"] = {name: reason for name, reason in reasons.items() if reason}
+        self.providers = [provider for provider in providers if reasons[provider.name] is None]
+        self.l2_bytes: int = self.data["metadata"]["l2_bytes"]
+        self.copy = timing.copy(self.device)
+        self.begun = time.monotonic()
+
+    def jobs(self, case: Case) -> list[Provider]:
+        return [provider for provider in self.providers if provider.wants(case)]
+
+    def run(self, case: Case) -> None:
+        entry = results.entry(case)
+        self.data["cases"].append(entry)
+        out_of_time = time.monotonic() - self.begun > PEER_SECONDS and not case.headline
+        sets = [make_inputs(case, self.device, seed) for seed in range(case.sets(self.l2_bytes))]
+        exact = sample(case, sets[0])
+        timed: dict[str, Timed] = {COPY: self.copy}
+        for provider in self.jobs(case):
+            if out_of_time and not provider.ours:
+                entry["results"][provider.name] = {"status": "skipped: time budget spent"}
+                continue
+            found = self._prepare(case, provider, sets, exact)
+            entry["results"][provider.name] = found[0]
+            if found[1] is not None:
+                timed[provider.name] = found[1]
+        samples, failed = timing.measure(timed, self.rounds)
+        for name, reason in failed.items():
+            entry["results"].setdefault(name, {})["status"] = reason
+        for name, values in samples.items():
+            summary = timing.summary(values)
+            if name == COPY:
+                entry[COPY] = summary
+            else:
+                entry["results"][name] |= summary
+        self.save()
+
+    def _prepare(
+        self, case: Case, provider: Provider, sets: list[Inputs], exact: Sample
+    ) -> tuple[dict[str, Any], Timed | None]:
+        """First call, check and burst size, within a time limit; or what went wrong."""
+        try:
+            with timing.limit(FIRST_CALL_SECONDS):
+                calls = [provider.bind(case, made) for made in sets]
+                tensor, errors = check(_first_outputs(calls[0], provider), exact)
+                build = timing.graph if case.decode else timing.eager
+                timed = build(calls, BURST_SECONDS)
+        except Unsupported as error:
+            return {"status": f"not supported: {error}"}, None
+        except (Exception, OutOfTime) as error:
+            kind = "" if isinstance(error, OutOfTime) else f"{type(error).__name__}: "
+            return {"status": f"failed: {kind}{error}".splitlines()[0][:300]}, None
+        found = {"checked": tensor, "error": errors.error, "floor": errors.floor, "within_budget": errors.ok}
+        if provider.ours and not errors.ok:
+            self.console.print(
+                f"{case.name}, {provider.name}: {tensor} out of budget: {errors}", style="red", markup=False
+            )
+            return {**found, "status": "failed: wrong result, not timed"}, None
+        return found, timed
+
+    def save(self) -> None:
+        self.data["metadata"]["seconds"] = round(time.monotonic() - self.begun)
+        results.save(self.data, self.path)
+
+
+def _first_outputs(call: Call, provider: Provider) -> dict[str, Any]:
+    """Outputs of ours are born full of NaN, so that an element nobody writes is seen."""
+    if not provider.ours:
+        return call()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        return call()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def _line(entry: dict[str, Any]) -> str:
+    def text(name: str, found: dict[str, Any]) -> str:
+        if "us" not in found:
+            return f"{name} {found['status'].split(':')[0]}"
+        value = results.share(entry, name)
+        return f"{name} {found['us']:.2f} us" if results.is_decode(entry["group"]) else f"{name} {value or 0:.3f}"
+
+    return f"{entry['name']}: " + ", ".join(text(name, found) for name, found in entry["results"].items())
+
+
+def _chosen(names: str | None) -> list[Provider]:
+    wanted = names.split(",") if names else list(PROVIDERS)
+    unknown = [name for name in wanted if name not in PROVIDERS]
+    if unknown:
+        raise SystemExit(f"unknown provider {', '.join(unknown)}; known are {', '.join(PROVIDERS)}")
+    return [PROVIDERS[name] for name in wanted]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder of results and plots")
+    parser.add_argument("--cases", default="", metavar="SUBSTRING", help="only cases whose name contains it")
+    parser.add_argument("--providers", metavar="A,B", help=f"only these of {', '.join(PROVIDERS)}")
+    parser.add_argument(
+        "--quick", action="store_true", help="headline cases, three rounds, no host and first-call cost"
+    )
+    options = parser.parse_args(arguments)
+    providers = _chosen(options.providers)
+    cases = [case for case in CASES if options.cases in case.name and (case.headline or not options.quick)]
+    if not cases:
+        raise SystemExit(f"no case has {options.cases!r} in its name, for example {CASES[0].name!r}")
+    if not torch.cuda.is_available():
+        print("the benchmarks need a CUDA device, and torch finds none", file=sys.stderr)
+        return 2
+    logging.getLogger("fla").setLevel(logging.ERROR)
+    console = Console(width=None if sys.stdout.isatty() else 180)
+    path = results.path_in(options.out, torch.cuda.get_device_name())
+    device = torch.device("cuda", torch.cuda.current_device())
+    suite = Suite(device, providers, path, QUICK_ROUNDS if options.quick else ROUNDS, console)
+    for name, reason in suite.data["missing"].items():
+        console.print(f"{name}: {reason}", markup=False)
+    jobs = [(case, p) for case in cases for p in suite.jobs(case) if p.name != "torch.compile"]
+    if len(jobs) > FEW_JOBS:
+        console.print(warm(jobs, WARM_SECONDS))
+    return _measure(suite, cases, options.quick)
+
+
+def _measure(suite: Suite, cases: list[Case], quick: bool) -> int:
+    console, data, status = suite.console, suite.data, 0
+    suite.begun = time.monotonic()
+    try:
+        for case in cases:
+            try:
+                suite.run(case)
+                console.print(_line(data["cases"][-1]), markup=False, soft_wrap=True)
+            except Exception as error:  # of inputs or the oracle: the other cases can still run
+                data["cases"][-1]["failed"] = f"{type(error).__name__}: {error}".splitlines()[0]
+                console.print(f"{case.name}: {data['cases'][-1]['failed']}", style="red", markup=False)
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.synchronize()  # raises if a kernel has left the device unusable
+        data["metadata"]["clocks at end"] = results.clocks()
+        if not quick:
+            names = [provider.name for provider in suite.providers]
+            data["host"] = host.host_costs([name for name in host.HOST_PROVIDERS if name in names])
+            suite.save()
+            data["first_call"] = host.first_calls([name for name in host.FIRST_CALL_PROVIDERS if name in names])
+    except (RuntimeError, KeyboardInterrupt) as error:
+        status = 1
+        data["stopped"] = f"{type(error).__name__}: {error}".splitlines()[0]
+        console.print(f"stopped: {data['stopped']}", style="red", markup=False)
+    suite.save()
+    results.print_tables(data, console)
+    suite.path.with_suffix(".md").write_text(results.to_markdown(data))
+    written = [suite.path, suite.path.with_suffix(".md"), *plots.write(data, suite.path.parent)]
+    console.print("wrote " + ", ".join(str(each) for each in written), markup=False, soft_wrap=True)
+    ours = [found for case in data["cases"] for name, found in case["results"].items() if name.startswith("ours")]
+    wrong = any(not found.get("within_budget", True) or "failed" in found.get("status", "") for found in ours)
+    return 1 if wrong or any("failed" in case for case in data["cases"]) else status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,350 @@
+"""The benchmark suite without a GPU: the least-byte model, the bindings of ours, and what is made of a results file."""
+
+import contextlib
+import json
+import os
+import sys
+import types
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+import attnres
+from bench import host, ops, plots, providers, readme, results, run, timing
+from bench.ops import CASES, Case
+from bench.providers import PROVIDERS, Provider
+
+
+def named(name: str) -> Case:
+    return next(case for case in CASES if case.name == name)
+
+
+ELEMENTS = {
+    "direct forward T8192 D7168 L9": 10,
+    "direct forward, norm T16384 D4096 L5": 6,
+    "direct backward T16384 D2048 L17": 35,
+    "phase 1 forward T16384 D2048 N4 S8": 12,
+    "phase 1 backward T16384 D2048 N4 S8": 16,
+    "phase 2 forward T16384 D2048": 3,
+    "phase 2 forward, delta and norm T16384 D7168": 5,
+    "phase 2 backward T16384 D2048": 5,
+    "serving step T8192 D7168 L9": 12,
+    "decode step T1 D7168 L9": 12,
+}
+
+
+@pytest.mark.parametrize(("name", "rows"), ELEMENTS.items())
+def test_least_bytes(name: str, rows: int) -> None:
+    case = named(name)
+    assert case.least_bytes == rows * case.shape.tokens * case.shape.hidden_size * 2
+
+
+def test_cases_have_names_of_their_own() -> None:
+    assert len({case.name for case in CASES}) == len(CASES)
+
+
+def test_input_sets_do_not_fit_l2() -> None:
+    l2 = 60 * 2**20
+    for case in CASES:
+        assert 1 <= case.sets(l2) <= 1024
+        assert case.sets(l2) * case.least_bytes >= l2, case.name
+
+
+def small(case: Case) -> Case:
+    return replace(case, shape=replace(case.shape, tokens=5, hidden_size=72))
+
+
+SMALL = [
+    small(named(name))
+    for name in (
+        "direct forward, norm T8192 D7168 L9",
+        "direct forward, stacked T8192 D7168 L9",
+        "direct backward T8192 D7168 L9",
+        "phase 1 forward T8192 D4096 N8 S16",
+        "phase 1 backward T8192 D4096 N8 S16",
+        "phase 2 forward, delta and norm T16384 D2048",
+        "phase 2 backward T16384 D2048",
+        "serving step T8192 D7168 L9",
+    )
+]
+
+
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
+def test_ours_are_checked_against_the_oracle(case: Case) -> None:
+    provider = Provider("ours-torch", lambda: providers._ours("torch"), ours=True)
+    made = ops.make_inputs(case, "cpu")
+    exact = ops.sample(case, made)
+    call = bind(provider, case, made)
+    tensor, errors = ops.check(call(), exact)
+    assert errors.ok, (tensor, errors)
+    wrong = {name: [2 * v for v in value] if isinstance(value, list) else 2 * value for name, value in call().items()}
+    assert not ops.check(wrong, exact)[1].ok
+
+
+def bind(provider: Provider, case: Case, made: ops.Inputs) -> providers.Call:
+    """Provider.bind of a provider that is not in the table."""
+    providers.PROVIDERS[provider.name] = provider
+    try:
+        return provider.bind(case, made)
+    finally:
+        del providers.PROVIDERS[provider.name]
+
+
+def test_plain_formula_agrees_with_the_oracle() -> None:
+    case = small(named("direct forward T8192 D7168 L9"))
+    made = ops.make_inputs(case, "cpu")
+    a = made.arguments
+    out = providers.plain_mix(a["residuals"], a["query"], a["rms_weight"], a["rms_eps"])
+    assert ops.check({"out": out}, ops.sample(case, made))[1].ok
+
+
+def test_fla_gets_the_step_as_add_and_mix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its binding, with the reference formula in place of the package."""
+    module = types.ModuleType("fla.ops.attnres")
+    module.fused_attnres = attnres.attn_res  # the same argument list
+    monkeypatch.setitem(sys.modules, "fla", types.ModuleType("fla"))
+    monkeypatch.setitem(sys.modules, "fla.ops", types.ModuleType("fla.ops"))
+    monkeypatch.setitem(sys.modules, "fla.ops.attnres", module)
+    case = small(named("serving step T8192 D7168 L9"))
+    made = ops.make_inputs(case, "cpu")
+    exact = ops.sample(case, made)
+    provider = Provider("a-peer", providers._fla)
+    assert ops.check(bind(provider, case, made)(), exact)[1].ok
+    assert torch.equal(made.arguments["prefix"], ops.make_inputs(case, "cpu").arguments["prefix"])
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_switch_is_on_whenever_the_forward_runs(backward: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("A_SWITCH", raising=False)
+    seen = []
+
+    def mix(a: providers.Arguments) -> providers.Call:
+        def run() -> providers.Results:
+            seen.append(os.environ.get("A_SWITCH"))
+            return {"out": attnres.attn_res(**a)}
+
+        return run
+
+    case = small(replace(named("direct forward T8192 D7168 L9"), backward=backward))
+    provider = Provider(f"switched {backward}", lambda: {"mix": mix}, environment={"A_SWITCH": "1"})
+    bind(provider, case, ops.make_inputs(case, "cpu"))()
+    assert seen == ["1"]
+    assert "A_SWITCH" not in os.environ
+
+
+def test_missing_provider_says_why() -> None:
+    def load() -> dict[str, Any]:
+        raise ImportError("no such wheel")
+
+    broken = Provider("broken", load)
+    providers.PROVIDERS["broken"] = broken
+    try:
+        assert broken.missing() == "not installed: ImportError: no such wheel"
+    finally:
+        del providers.PROVIDERS["broken"]
+
+
+def test_cute_does_not_borrow_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = named("direct backward T8192 D7168 L9")
+    monkeypatch.setattr(providers.backends, "refusal", lambda name, spec: f"{spec.op} has no kernel on {name}")
+    with pytest.raises(providers.Unsupported, match="mix_bwd has no kernel on cute"):
+        providers._refuse_other_backend("cute", case)
+
+
+def test_peers_skip_what_they_cannot_tell_apart_or_compile_slowly() -> None:
+    stacked, grid = named("direct forward, stacked T8192 D7168 L9"), named("direct forward T8192 D2304 L9")
+    assert [name for name, p in PROVIDERS.items() if p.wants(stacked)] == ["ours-cute", "ours-triton"]
+    assert not PROVIDERS["torch.compile"].wants(grid)
+    assert not PROVIDERS["fla-gluon"].wants(grid)
+    assert PROVIDERS["fla-triton"].wants(grid)
+
+
+def test_time_limit_passes_a_handler_of_exceptions() -> None:
+    def swallow() -> None:
+        while True:
+            with contextlib.suppress(Exception):
+                sum(range(1000))
+
+    with pytest.raises(timing.OutOfTime), timing.limit(0.05):
+        swallow()
+
+
+def test_summary() -> None:
+    found = timing.summary([3.0, 1.0, 2.0, 5.0, 4.0])
+    assert (found["us"], found["p20"], found["p80"]) == (3.0, 1.8, 4.2)
+    assert timing.summary([2.0])["p80"] == 2.0
+
+
+def fake() -> results.Results:
+    """A run on a device with 4 TB/s where ours takes 1.25 x the least time."""
+    cases = [
+        named("direct forward T8192 D7168 L9"),
+        named("direct forward T8192 D2304 L9"),
+        named("phase 1 forward T16384 D2048 N4 S8"),
+        named("decode step T1 D7168 L9"),
+        named("decode step T16 D7168 L9"),
+    ]
+    found = []
+    for case in cases:
+        least = case.least_bytes / 4e6
+        entry = {**results.entry(case), "copy": timing.summary([timing.COPY_BYTES / 4e6])}
+        entry["results"] = {
+            "ours-cute": {**timing.summary([1.25 * least]), "error": 1.7e-3, "floor": 1.66e-3, "within_budget": True},
+            "fla-triton": {**timing.summary([2 * least]), "error": 5e-3, "floor": 1.66e-3, "within_budget": False},
+            "liger": {"status": "failed: RuntimeError: out of resources"},
+        }
+        found.append(entry)
+    versions = {"torch": "2.11", "triton": "3.6", "nvidia-cutlass-dsl": "4.8.1", "kernel sources": "0123456789abcdef"}
+    return {
+        "metadata": {
+            "device": "NVIDIA H200",
+            "driver": "580",
+            "date": "2026-11-24T00:00",
+            "providers": {"fla-triton": "0.6.0", "flash-attn-res": ""},
+            **versions,
+        },
+        "missing": {"flash-attn-res": "not installed: ModuleNotFoundError: No module named 'flash_attn_res'"},
+        "cases": found,
+        "host": {"direct mix": {"ours-cute": 8.25, "fla-triton": 31.0}},
+        "first_call": {"ours-cute": {"cold": {"direct mix": 2.5}, "from disk": "failed: no message"}},
+    }
+
+
+def test_share_is_of_the_copy_in_the_same_rounds() -> None:
+    case = fake()["cases"][0]
+    assert results.share(case, "ours-cute") == pytest.approx(0.8)
+    assert results.share(case, "liger") is None
+
+
+def test_markdown() -> None:
+    text = results.to_markdown(fake())
+    assert "| shape | ours-cute | fla-triton |" in text
+    assert "| T8192 D7168 L9 | **0.800** | 0.500 (error 5.0e-03) |" in text
+    assert "decode step: µs per call in a CUDA graph" in text
+    assert "| direct mix | 8.2 | 31.0 |" in text
+    assert "| ours-cute, cold | 2.50 |" in text
+    assert "D2304" not in results.to_markdown(fake(), headline_only=True)
+
+
+def test_terminal_tables_name_what_is_missing() -> None:
+    console = Console(width=200, record=True, quiet=True)
+    console.quiet = False
+    results.print_tables(fake(), console)
+    text = console.export_text()
+    assert "0.800" in text
+    assert "flash-attn-res: not installed" in text
+    assert "liger: failed: RuntimeError: out of resources" in text
+
+
+def test_plots(tmp_path: Path) -> None:
+    written = plots.write(fake(), tmp_path)
+    assert sorted(path.name for path in written) == ["decode.png", "decode.svg", "shares.png", "shares.svg"]
+    assert all(path.stat().st_size > 1000 for path in written)
+
+
+def test_plots_of_nothing(tmp_path: Path) -> None:
+    assert plots.write({**fake(), "cases": []}, tmp_path) == []
+
+
+def test_save_and_path(tmp_path: Path) -> None:
+    path = results.path_in(tmp_path, "NVIDIA H100 80GB HBM3")
+    assert path.name == "bench_h100-80gb-hbm3.json"
+    results.save(fake(), path)
+    assert json.loads(path.read_text())["cases"][0]["name"] == "direct forward T8192 D7168 L9"
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+
+
+def test_readme_keeps_what_is_outside_the_markers(tmp_path: Path) -> None:
+    target = tmp_path / "README.md"
+    target.write_text(f"# a\n\n{readme.BEGIN}\nbefore\n{readme.END}\n\n## z\n")
+    path = results.path_in(tmp_path / "bench" / "results", "NVIDIA H200")
+    results.save(fake(), path)
+    for _ in range(2):
+        assert readme.main(["--results", str(path), "--readme", str(target)]) == 0
+        text = target.read_text()
+        assert text.startswith(f"# a\n\n{readme.BEGIN}\n\nNVIDIA H200")
+        assert text.endswith(f"{readme.END}\n\n## z\n")
+        assert "before" not in text
+        assert "(bench/results/shares.png)" in text
+        assert "4.00 TB/s" in text
+
+
+@pytest.mark.parametrize(
+    "text", ["nothing", f"{readme.END}{readme.BEGIN}", f"{readme.BEGIN}{readme.BEGIN}{readme.END}"]
+)
+def test_readme_without_its_markers(text: str) -> None:
+    with pytest.raises(ValueError, match="needs one"):
+        readme.between_markers(text, "body")
+
+
+def test_readme_without_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert readme.main(["--results", str(tmp_path / "none.json")]) == 2
+    assert "make bench" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_run_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main([]) == 2
+    assert "need a CUDA device" in capsys.readouterr().err
+
+
+def test_run_names_what_it_does_not_know() -> None:
+    with pytest.raises(SystemExit, match="unknown provider vllm"):
+        run.main(["--providers", "vllm"])
+    with pytest.raises(SystemExit, match="no case has 'nothing'"):
+        run.main(["--cases", "nothing"])
+
+
+def test_a_run_keeps_going_past_what_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole run on the CPU, with our torch backend, a peer that fails, one that is missing, and a clock of our own."""
+
+    def fails(_: providers.Arguments) -> providers.Call:
+        raise RuntimeError("out of resources")
+
+    def wrong(arguments: providers.Arguments) -> providers.Call:
+        return lambda: {"out": arguments["residuals"][0]}
+
+    def missing() -> dict[str, Any]:
+        raise ImportError("no such wheel")
+
+    chosen = [
+        Provider("ours-torch", lambda: providers._ours("torch"), ours=True),
+        Provider("fails", lambda: {"mix": fails}),
+        Provider("wrong", lambda: {"mix": wrong}),
+        Provider("missing", missing),
+    ]
+    for provider in chosen:
+        monkeypatch.setitem(providers.PROVIDERS, provider.name, provider)
+    steady = timing.Timed(lambda: None, 1, 1, 0.0)
+    monkeypatch.setattr(timing, "copy", lambda device: steady)
+    monkeypatch.setattr(timing, "eager", lambda calls, seconds: steady)
+    monkeypatch.setattr(timing, "graph", lambda calls, seconds: steady)
+    monkeypatch.setattr(timing, "_burst", lambda timed: 100.0)
+    monkeypatch.setattr(results, "metadata", lambda device: {**fake()["metadata"], "l2_bytes": 1000})
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(plots, "write", lambda data, folder: [])
+    console = Console(width=200, record=True, quiet=False)
+    path = results.path_in(tmp_path, "NVIDIA H200")
+    suite = run.Suite(torch.device("cpu"), chosen, path, 3, console)
+    decode = replace(small(named("decode step T16 D7168 L9")), headline=True)
+    assert run._measure(suite, [SMALL[0], SMALL[2], decode], quick=True) == 0
+    found = json.loads(path.read_text())
+    assert found["missing"] == {"missing": "not installed: ImportError: no such wheel"}
+    first, backward, step = (case["results"] for case in found["cases"])
+    assert first["ours-torch"]["samples"] == [100.0] * 3
+    assert first["ours-torch"]["within_budget"]
+    assert first["fails"] == {"status": "failed: RuntimeError: out of resources"}
+    assert not first["wrong"]["within_budget"]
+    assert backward["ours-torch"]["checked"].startswith("d_")
+    assert step["wrong"] == {"status": "not supported: no decode step"}
+    assert "fails: failed: RuntimeError" in console.export_text()
+    assert path.with_suffix(".md").exists()
+
+
+def test_host_cases_are_forward() -> None:
+    assert all(not case.backward for case in host.SMALL_CASES.values())
+    assert set(host.HOST_PROVIDERS + host.FIRST_CALL_PROVIDERS) <= set(PROVIDERS)
