@@ -315,5 +315,9 @@ def phase1_configs() -> Iterator[tuple[str, Callable[[Any], Any], Phase1Config]]
     yield "phase1_fwd", build, config(4104, 3, 8, query="fp32")
     yield "phase1_fwd", build, config(2048, 8, 16, query="fp32")
     yield "phase1_fwd", build, config(7168, 8, 24, key_weight="fp32")
-    yield "phase1_fwd", build, config(1024, 9, 32, dtype="fp16", query="bf16", key_weight="bf16", logits=True, rstd=True)
+    yield (
+        "phase1_fwd",
+        build,
+        config(1024, 9, 32, dtype="fp16", query="bf16", key_weight="bf16", logits=True, rstd=True),
+    )
     yield "phase1_fwd", build, config(2048, 1, 16, query="fp32", key_weight="fp32", logits=True, rstd=True)

@@ -222,12 +222,9 @@ class RowKernel:
                 logits.append(r_given)
             squares, products = [], []
             for source in chunk:
-                # A row's arithmetic follows the loads of the next one, so that it covers their latency.
                 r_rows.append(self.read_source(source, token, reader, operands))
-                if source > chunk.start:
-                    add_products(squares, products, r_rows[-2], r_u)
+                add_products(squares, products, r_rows[-1], r_u)
             reader.release()
-            add_products(squares, products, r_rows[-1], r_u)
             sums = RowSums(len(chunk))
             lane_logits = self.finish_logits(sums, exchange, squares, products, chunk.start, token, operands, scalars)
             held.append((chunk.start, sums, lane_logits))

@@ -107,11 +107,16 @@ def split_pack(dtype: type[Numeric], first: Float32, second: Float32) -> tuple[P
     return high, pack(dtype, first - high_first, second - high_second)
 
 
-def split_pack_three(dtype: type[Numeric], first: Float32, second: Float32) -> tuple[Pair, Pair, Pair]:
-    """Three pairs whose sum has three times the mantissa of one."""
-    high = pack(dtype, first, second)
-    high_first, high_second = unpack(dtype, high)
-    return high, *split_pack(dtype, first - high_first, second - high_second)
+def split_vector(dtype: type[Numeric], values: list[Float32], terms: int) -> list[list[Pair]]:
+    """Numbers as 2 or 3 terms of the dtype, each as pairs."""
+    split: list[list[Pair]] = [[] for _ in range(terms)]
+    for first, second in zip(values[::2], values[1::2], strict=True):
+        for term in split[:-1]:
+            term.append(pack(dtype, first, second))
+            high_first, high_second = unpack(dtype, term[-1])
+            first, second = first - high_first, second - high_second
+        split[-1].append(pack(dtype, first, second))
+    return split
 
 
 def power_of_two_scale(peak: Float32) -> tuple[Float32, Float32]:
@@ -168,33 +173,14 @@ def store_cluster(
 # Device memory
 
 
-def load_pair(dtype: type[Numeric], address: Int64, offset: int, predicate: Boolean | None) -> Pair:
-    """A pair of a read-only 2-byte type; zeros where the predicate is false."""
-    guard, condition = _guard(predicate, 2)
-    clear = "mov.b32 t,0; " if condition else ""
-    text = f"{{.reg .b32 t; {clear}{guard}ld.global.nc.b32 t,[$1+{offset}]; mov.b32 $0,t;}}"
-    return ptx(text, [Int32], [address, *condition], effects=True)[0]
-
-
-def load_two(dtype: type[Numeric], address: Int64, offset: int, predicate: Boolean | None) -> tuple[Float32, Float32]:
-    """Two consecutive read-only elements as fp32; zeros where the predicate is false."""
-    if dtype is not Float32:
-        return unpack(dtype, load_pair(dtype, address, offset, predicate))
-    guard, condition = _guard(predicate, 3)
-    clear = "mov.f32 t,0f00000000; mov.f32 u,0f00000000; " if condition else ""
-    text = f"{{.reg .f32 t,u; {clear}{guard}ld.global.nc.v2.f32 {{t,u}},[$2+{offset}]; mov.f32 $0,t; mov.f32 $1,u;}}"
-    first, second = ptx(text, [Float32, Float32], [address, *condition], effects=True)
-    return first, second
-
-
-def load_vector(address: Int64, predicate: Boolean) -> list[Int32]:
-    """16 read-only bytes; zeros where the predicate is false."""
+def load_vector(kind: type[Numeric], address: Int64, offset: int, predicate: Boolean) -> list[Numeric]:
+    """Four read-only 4-byte values; zeros where the predicate is false."""
     text = (
         "{.reg .b32 t<4>; mov.b32 t0,0; mov.b32 t1,0; mov.b32 t2,0; mov.b32 t3,0; "
-        "@$5 ld.global.nc.v4.b32 {t0,t1,t2,t3},[$4]; "
+        f"@$5 ld.global.nc.v4.b32 {{t0,t1,t2,t3}},[$4+{offset}]; "
         "mov.b32 $0,t0; mov.b32 $1,t1; mov.b32 $2,t2; mov.b32 $3,t3;}"
     )
-    return ptx(text, [Int32] * 4, [address, predicate], effects=True)
+    return ptx(text, [kind] * 4, [address, predicate], effects=True)
 
 
 def store_scalar(address: Int64, value: Float32, predicate: Boolean) -> None:

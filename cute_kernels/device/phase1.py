@@ -27,7 +27,7 @@ from typing import NamedTuple
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Boolean, Float16, Float32, Int32, Int64, const_expr
+from cutlass import BFloat16, Boolean, Float16, Float32, Int32, Int64, Numeric, const_expr
 
 from cute_kernels.config import ITEM_BYTES, LANES, VECTOR
 from cute_kernels.config_phase1 import (
@@ -45,17 +45,17 @@ from cute_kernels.device.mma import (
     bulk_store,
     ldmatrix,
     load_shared,
-    load_two,
     load_vector,
     mma,
     pack,
     power_of_two_scale,
     select,
     split_pack,
-    split_pack_three,
+    split_vector,
     store_cluster,
     store_scalar,
     store_shared,
+    unpack,
     zip_pairs,
 )
 from cute_kernels.device.pipelines import EVICT_FIRST, producer_state
@@ -358,17 +358,16 @@ class Phase1Kernel:
 
     @cute.jit
     def consume(self, memory, work, lane, queries, outputs, eps: Float32, scale: Float32):
-        self.logits(memory, work, lane, queries, Int32(0))
-        if const_expr(not self.tile.direct):
-            self.exchange(memory, work, lane, Int32(0))
-        for turn in cutlass.range(work.items, unroll=1):
-            if turn + 1 < work.items:
-                self.logits(memory, work, lane, queries, turn + 1)
-            weights = self.softmax(memory, work, lane, outputs, turn, eps, scale)
-            self.mix(memory, work, lane, outputs, turn, weights)
-            self.release(memory, lane, turn)
-            if const_expr(not self.tile.direct) and turn + 1 < work.items:
-                self.exchange(memory, work, lane, turn + 1)
+        # One turn more than there are items: each part of the code is there once, and nothing spills before the loop.
+        for turn in cutlass.range(work.items + 1, unroll=1):
+            if turn < work.items:
+                self.logits(memory, work, lane, queries, turn)
+            if turn > 0:
+                weights = self.softmax(memory, work, lane, outputs, turn - 1, eps, scale)
+                self.mix(memory, work, lane, outputs, turn - 1, weights)
+                self.release(memory, lane, turn - 1)
+            if const_expr(not self.tile.direct) and turn < work.items:
+                self.exchange(memory, work, lane, turn)
         cute.arch.cp_async_bulk_wait_group(0)
 
     def slot(self, lane: Lane, turn: Int32, group: int) -> tuple[Int32, Int32]:
@@ -745,39 +744,61 @@ class Phase1Kernel:
     def load_queries(self, memory, lane: Lane, queries: Int64, query_stride, key_weights, weight_stride) -> Queries:
         """Operand fragments of the queries over the warp's columns, kept in registers; rows past the last are zero.
 
-        Third terms, which no register is left for, go to shared memory.
+        By way of the staging buffer: read straight into fragments, 8 rows and 16 or 32 bytes of each per request, they
+        took a few microseconds. Third terms, which no register is left for, stay in shared memory.
         """
         shape, tile = self.shape, self.tile
-        third_row = shape.third_row_bytes(tile)
+        reader = QueryReader(self, lane, queries, query_stride, key_weights, weight_stride)
+        stage = memory.stage + lane.warp * tile.stages * shape.stage_bytes(tile)
+        stage_row, third_row = shape.stage_row_bytes(tile), shape.third_row_bytes(tile)
         third = memory.third + lane.warp * shape.third_bytes(tile)
-        steps = self.warp_columns // K_STEP
-        high: list[list[Octet]] = [[] for _ in range(steps)]
-        low: list[list[Octet]] = [[] for _ in range(steps)]
+        terms: list[list[list[Octet]]] = [[[] for _ in range(self.warp_columns // K_STEP)] for _ in range(2)]
         unscale: list[Float32] = []
-        if shape.terms == 1:
-            high = self.stored_fragments(memory, lane, queries, query_stride)
-        for octet in range(shape.octets if shape.terms > 1 else 0):
-            reader = QueryReader(self, lane, octet, queries, query_stride, key_weights, weight_stride)
-            scale = None
-            if self.dtype is Float16:
-                scale, inverse = power_of_two_scale(reader.peak(self.warp_columns))
+        pieces = [(octet, first) for octet in range(shape.octets) for first in range(0, tile.blocks, tile.segment)]
+
+        def load(octet: int, first: int) -> list[tuple[Int32, Int32, list]]:
+            """(row, column, what is there) of this lane's vectors."""
+            per_row = min(tile.segment, tile.blocks - first) * BLOCK // VECTOR
+            places = [
+                ((index + lane.lane) // per_row, (index + lane.lane) % per_row)
+                for index in range(0, OCTET * per_row, LANES)
+            ]
+            places = [(row, first * BLOCK + vector * VECTOR) for row, vector in places]
+            return [(row, column, reader.load(octet * OCTET + row, column)) for row, column in places]
+
+        # Two pieces at a time where their registers are few
+        ahead = 2 if shape.terms == 1 else 1
+        loaded = [load(*piece) for piece in pieces[:ahead]]
+        scale = None
+        for i, (octet, first) in enumerate(pieces):
+            if first == 0 and shape.terms > 1 and self.dtype is Float16:
+                scale, inverse = power_of_two_scale(reader.peak(octet))
                 unscale.append(inverse)
-            for step in range(steps):
-                parts = []
-                for column in (step * K_STEP, step * K_STEP + 8):
-                    first, second = reader.product(Int32(column))
+            parts = []
+            for row, column, given in loaded.pop(0):
+                values = given
+                if shape.terms > 1:
+                    product = reader.product(given)
                     if scale is not None:
-                        first, second = first * scale, second * scale
-                    if shape.terms == 3:
-                        *two, rest = split_pack_three(self.dtype, first, second)
-                        parts.append(two)
-                        at = octet * OCTET * third_row + column * ITEM
-                        store_shared(third + lane.c * third_row + lane.q * 4, at, [rest])
-                    else:
-                        parts.append(split_pack(self.dtype, first, second))
-                high[step].append((parts[0][0], parts[1][0]))
-                low[step].append((parts[0][1], parts[1][1]))
-        fragments = [h + l for h, l in zip(high, low, strict=True)]
+                        of_row = cute.arch.shuffle_sync(scale, row * 4)
+                        product = [value * of_row for value in product]
+                    values = split_vector(self.dtype, product, shape.terms)
+                if shape.terms == 3:
+                    store_shared(third + (octet * OCTET + row) * third_row + column * ITEM, 0, values[2])
+                parts.append((stage + row * stage_row + (column - first * BLOCK) * ITEM, values))
+            for term in range(min(shape.terms, 2)):
+                for address, values in parts:
+                    store_shared(address, 0, values[term])
+                cute.arch.sync_warp()
+                for half_block in range(2 * min(tile.segment, tile.blocks - first)):
+                    rows = stage + (lane.lane % 8) * stage_row + (lane.lane // 8) * 16
+                    four = ldmatrix(rows, half_block * 2 * K_STEP * ITEM)
+                    step = first * (BLOCK // K_STEP) + half_block * 2
+                    terms[term][step].append((four[0], four[1]))
+                    terms[term][step + 1].append((four[2], four[3]))
+                cute.arch.sync_warp()
+            loaded += [load(*piece) for piece in pieces[i + ahead : i + ahead + 1]]
+        fragments = [high + low for high, low in zip(*terms, strict=True)]
         operands = []
         for step, fragment in enumerate(fragments):
             pairs = [(fragment[i], fragment[i + 1]) for i in range(0, len(fragment) - 1, 2)]
@@ -785,98 +806,59 @@ class Phase1Kernel:
                 even = step - step % 2
                 pairs.append((fragments[even][-1], fragments[even + 1][-1]))
             operands.append(pairs)
-        if shape.terms > 1:
-            # Third terms are there. And the first products wait for the whole operands: together they spilled.
-            cute.arch.sync_warp()
         # As in place(); and a pair's matrices are columns 0 to 7 of both octets, then columns 8 to 15 of both.
         third_octet = third + (lane.lane % 8) * third_row + (lane.lane // 8) * 16
         third_pairs = third + (shape.octets % 2 * OCTET + lane.lane % 16) * third_row + (lane.lane // 16) * 16
         return Queries(operands, unscale, third_octet, third_pairs)
 
 
-    def stored_fragments(self, memory: Memory, lane: Lane, queries: Int64, query_stride: Int64) -> list[list[Octet]]:
-        """[step][octet] of queries that are taken as they are, in the storage dtype: by way of the staging buffer.
-
-        Read straight into fragments, 4 bytes a lane, they took 2 us more of the fixed cost (an estimate: 8 rows to a
-        request).
-        """
-        shape, tile = self.shape, self.tile
-        stage = memory.stage + lane.warp * tile.stages * shape.stage_bytes(tile)
-        stage_row = shape.stage_row_bytes(tile)
-        at_once = shape.stage_bytes(tile) // (OCTET * stage_row)
-        fragments: list[list[Octet]] = [[] for _ in range(self.warp_columns // K_STEP)]
-        for octet in range(0, shape.octets, at_once):
-            octets = min(at_once, shape.octets - octet)
-            for first in range(0, tile.blocks, tile.segment):
-                segment = range(first, min(first + tile.segment, tile.blocks))
-                per_row = len(segment) * BLOCK // VECTOR
-                loaded = []
-                for index in range(0, octets * OCTET * per_row, LANES):
-                    row, vector = (index + lane.lane) // per_row, (index + lane.lane) % per_row
-                    query, column = octet * OCTET + row, lane.column + first * BLOCK + vector * VECTOR
-                    inside = query < shape.num_queries
-                    if self.ragged:
-                        inside = inside & (column < shape.hidden_size)
-                    address = queries + (Int64(query) * query_stride + column) * ITEM
-                    loaded.append((stage + row * stage_row + vector * 16, load_vector(address, inside)))
-                for address, values in loaded:
-                    store_shared(address, 0, values)
-                cute.arch.sync_warp()
-                for i in range(octets):
-                    rows = stage + (i * OCTET + lane.lane % 8) * stage_row + (lane.lane // 8) * 16
-                    for block in segment:
-                        for half in range(2):
-                            four = ldmatrix(rows, ((block - first) * BLOCK + half * 2 * K_STEP) * ITEM)
-                            step = block * (BLOCK // K_STEP) + half * 2
-                            fragments[step].append((four[0], four[1]))
-                            fragments[step + 1].append((four[2], four[3]))
-                cute.arch.sync_warp()
-        return fragments
-
-
 class QueryReader:
-    """Query row c of an octet, columns 2q and 2q + 1 of any 8 of the warp's columns."""
+    """Queries and key weights, 8 of the warp's columns at a time; zeros past the last query and the last column."""
 
-    def __init__(self, kernel: Phase1Kernel, lane: Lane, octet: int, queries, query_stride, key_weights, weight_stride):
-        self.config, self.lane = kernel.config, lane
-        self.ragged = kernel.ragged
-        count = self.config.num_queries
-        query = octet * OCTET + lane.c
-        self.present = query < count if (octet + 1) * OCTET > count else None
-        row = Int64(cutlass.min(query, count - 1))
-        column = lane.column + lane.q * 2
-        self.query_type = TYPES[self.config.query]
-        self.query = queries + (row * query_stride + column) * (self.query_type.width // 8)
-        self.weight_type = None
+    def __init__(self, kernel: Phase1Kernel, lane: Lane, queries, query_stride, key_weights, weight_stride):
+        self.kernel, self.config, self.lane = kernel, kernel.config, lane
+        self.tensors = [(TYPES[self.config.query], queries, query_stride)]
         if self.config.key_weight is not None:
-            self.weight_type = TYPES[self.config.key_weight]
-            self.weight = key_weights + (row * weight_stride + column) * (self.weight_type.width // 8)
+            self.tensors.append((TYPES[self.config.key_weight], key_weights, weight_stride))
 
-    def inside(self, column: Int32 | int) -> Boolean | None:
-        """Whether there are such a query and such columns; None: surely."""
-        if not self.ragged:
-            return self.present
-        inside = self.lane.column + column < self.config.hidden_size
-        return inside if self.present is None else inside & self.present
+    def load(self, query: Int32 | int, column: Int32) -> list[list[Numeric]]:
+        """The 16 or 32 bytes of the query, and of its key weight if there is one."""
+        column = self.lane.column + column
+        inside = Boolean(query < self.config.num_queries)
+        if self.kernel.ragged:
+            inside = inside & (column < self.config.hidden_size)
+        loaded = []
+        for kind, tensor, stride in self.tensors:
+            address = tensor + (Int64(query) * stride + column) * (kind.width // 8)
+            if kind is Float32:
+                loaded.append(load_vector(kind, address, 0, inside) + load_vector(kind, address, 16, inside))
+            else:
+                loaded.append(load_vector(Int32, address, 0, inside))
+        return loaded
 
-    def product(self, column: Int32) -> tuple[Float32, Float32]:
+    def product(self, loaded: list[list[Numeric]]) -> list[Float32]:
         """query * key_weight in fp32."""
-        inside = self.inside(column)
-        bytes_each = self.query_type.width // 8
-        first, second = load_two(self.query_type, self.query + Int64(column * bytes_each), 0, inside)
-        if self.weight_type is not None:
-            bytes_each = self.weight_type.width // 8
-            weights = load_two(self.weight_type, self.weight + Int64(column * bytes_each), 0, inside)
-            first, second = first * weights[0], second * weights[1]
-        return first, second
+        factors = [
+            words if kind is Float32 else [value for word in words for value in unpack(kind, word)]
+            for words, (kind, _, _) in zip(loaded, self.tensors, strict=True)
+        ]
+        return factors[0] if len(factors) == 1 else [q * w for q, w in zip(*factors, strict=True)]
 
-    @cute.jit
-    def peak(self, columns: cutlass.Constexpr) -> Float32:
-        """The largest magnitude in the warp's part of the row."""
+    def peak(self, octet: int) -> Float32:
+        """The largest magnitude in the warp's part of row c of the octet."""
+        vectors = self.kernel.warp_columns // VECTOR
         peak = Float32(0.0)
-        for column in cutlass.range(0, columns, 8, unroll=4):
-            first, second = self.product(column)
-            highest, lowest = cute.arch.fmax(first, second), cute.arch.fmax(-first, -second)
-            peak = cute.arch.fmax(peak, cute.arch.fmax(highest, lowest))
-        peak = cute.arch.fmax(peak, cute.arch.shuffle_sync_bfly(peak, offset=1))
-        return cute.arch.fmax(peak, cute.arch.shuffle_sync_bfly(peak, offset=2))
+        highest = []
+        for row in range(OCTET):
+            magnitudes = []
+            for index in range(0, vectors, LANES):
+                # A lane past the end repeats the last vector
+                column = cutlass.min(index + self.lane.lane, vectors - 1) * VECTOR
+                values = self.product(self.load(octet * OCTET + row, column))
+                magnitudes += [cute.arch.fmax(value, -value) for value in values]
+            highest.append(tree(cute.arch.fmax, magnitudes))
+        for row in range(OCTET):
+            for offset in (16, 8, 4, 2, 1):
+                highest[row] = cute.arch.fmax(highest[row], cute.arch.shuffle_sync_bfly(highest[row], offset=offset))
+            peak = select(self.lane.c == row, highest[row], peak)
+        return peak

@@ -161,11 +161,12 @@ class RowRings:
         return RowRing(self.s_rows[None, None, None, group], full, full + slots, self.elements)
 
     @cute.jit
-    def init_barriers(self, first: Int32, step: cutlass.Constexpr, lane: Int32) -> None:
-        """By a producer warp: the barriers of groups first, first + step, ..., a slot a lane; then `publish_barriers`."""
+    def init_barriers(self, producer: Int32, producers: cutlass.Constexpr, lane: Int32) -> None:
+        """By a producer warp: the barriers of groups producer, producer + producers, ...; then `publish_barriers`."""
         _, _, slots, groups = self.s_rows.shape
-        for group in cutlass.range(first, groups, step, unroll=1):
-            if lane < slots:
+        # Unrolled: with a loop here, the consumers' code spilled.
+        for group in cutlass.range_constexpr(groups):
+            if (producer == group % producers) & (lane < slots):
                 full = self.barriers + (group * (2 * slots) + lane)
                 cute.arch.mbarrier_init(full, 1)
                 cute.arch.mbarrier_init(full + slots, self.consumer_warps)
