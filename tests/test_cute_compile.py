@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-import cute_kernels.compile  # before the DSL: it says which architecture to compile for
 from cute_kernels import config
 from cute_kernels.config import MAX_HIDDEN_SIZE, MAX_SOURCES, SHARED_BYTES, RowConfig, refusal, row_config, row_tile
 

@@ -1,6 +1,7 @@
 """The interface layer: which backend runs, what is refused, what is checked, and how torch's machinery meets the operators."""
 
 import contextlib
+import inspect
 import subprocess
 import sys
 from collections.abc import Callable
@@ -126,6 +127,18 @@ def test_explain_covers_every_function() -> None:
         found = attnres.explain(function, **inputs.make_case(op, SMALL).arguments, backend="triton")
         assert found.forward == "triton"
         assert found.backward == (None if op == "step" else "triton")
+
+
+LAUNCHERS = ("mix_fwd", "mix_bwd", "phase1_fwd", "phase1_bwd", "phase2_fwd", "phase2_bwd", "serve_step")
+CUTE_LAUNCHERS = ("mix_fwd", "phase1_fwd", "phase2_fwd", "serve_step")
+
+
+@pytest.mark.parametrize(
+    ("op", "backend"), [(op, "triton") for op in LAUNCHERS] + [(op, "cute") for op in CUTE_LAUNCHERS]
+)
+def test_launchers_have_one_signature(op: str, backend: str) -> None:
+    expected, found = (list(inspect.signature(backends.launcher(op, name)).parameters) for name in ("torch", backend))
+    assert found == expected
 
 
 def test_importing_brings_neither_triton_nor_the_dsl() -> None:

@@ -5,15 +5,11 @@ Outputs are poisoned with NaN; budgets are those of attnres.numerics; every grad
 
 from __future__ import annotations
 
-import os
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from attnres import numerics, oracle
 from triton_ref import config
@@ -28,26 +24,6 @@ from triton_ref.serve_step import serve_step
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 EPS, OUTPUT_EPS = 1e-6, 1e-5
-
-
-@pytest.fixture(autouse=True)
-def _round_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's interpreter truncates float32 to bfloat16; the GPU rounds to nearest even."""
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        return
-    from triton.runtime import interpreter
-
-    cast = interpreter.InterpreterBuilder.cast_impl
-
-    def cast_impl(self, src, dst_type):
-        if src.dtype.scalar == interpreter.tl.float32 and dst_type.scalar == interpreter.tl.bfloat16:
-            bits = torch.as_tensor(src.data).to(BF16).view(torch.int16).numpy().view("uint16")
-            return interpreter.TensorHandle(bits, dst_type.scalar)
-        return cast(self, src, dst_type)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", cast_impl)
-    for name in ("create_fp_trunc", "create_fp_ext"):
-        monkeypatch.setattr(interpreter.InterpreterBuilder, name, cast_impl)
 
 
 @pytest.fixture

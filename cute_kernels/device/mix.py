@@ -40,14 +40,13 @@ from cute_kernels.device.rows import (
     add,
     add_products,
     exp_difference,
-    keep_packed,
     log,
     pack,
     reciprocal_root,
     store_by_owner,
     store_scalar,
     tree,
-    unpack,
+    unpack_again,
     vector_fp32,
     warp_sum,
 )
@@ -272,11 +271,9 @@ class RowKernel:
 
     def accumulate(self, r_mix, rescale, r_rows: list, shares: list, part: RowTile) -> list[list[Float32]]:
         """r_mix * rescale + sum_i shares_i * row_i, as [vectors][VECTOR] fp32."""
-        for r_row in r_rows:
-            keep_packed(r_row)
         result = []
         for v in range(part.vectors):
-            rows = [unpack(r_row, v) for r_row in r_rows]
+            rows = [unpack_again(r_row, v) for r_row in r_rows]
             vector = []
             for e in range(VECTOR):
                 value = r_mix[v][e] * rescale if r_mix is not None else None

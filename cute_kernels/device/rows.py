@@ -225,9 +225,8 @@ def add_products(squares: list[Float32], products: list[Float32], r_row: cute.Te
 
 
 def unpack(r_row: cute.Tensor, v: int) -> list[Float32]:
-    """Vector v as fp32."""
+    """Vector v as fp32, one instruction an element (the compiler's own conversion takes two for every upper bf16 half)."""
     if r_row.element_type is BFloat16:
-        # One instruction an element; the conversion of a vector takes two for every upper half.
         words = cute.recast_tensor(r_row[None, v], Int32)
         halves = [(words[i] << 16, words[i] & -0x10000) for i in range(VECTOR // 2)]
         return [half.bitcast(Float32) for pair in halves for half in pair]
@@ -235,13 +234,28 @@ def unpack(r_row: cute.Tensor, v: int) -> list[Float32]:
     return [x[e] for e in range(VECTOR)]
 
 
-def keep_packed(r_row: cute.Tensor) -> None:
-    """Hides from the compiler that the registers did not change: it would otherwise keep the fp32 values of an earlier `unpack`
-    alive for the next one, twice the registers of the packed row, and spill.
+def unpack_again(r_row: cute.Tensor, v: int) -> list[Float32]:
+    """The same by other instructions.
+
+    The compiler would otherwise see that a row's second use wants the values of its first, keep them alive in between, at twice
+    the registers of the packed row, and spill.
     """
-    words = cute.recast_tensor(r_row, Int32)
-    for i in range(cute.size(words)):
-        words[i] = cute.arch.inline_ptx("mov.b32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[words[i]])
+    words = cute.recast_tensor(r_row[None, v], Int32)
+    if r_row.element_type is BFloat16:
+        halves = [(permute(words[i], 0x1044), permute(words[i], 0x3244)) for i in range(VECTOR // 2)]
+        return [half.bitcast(Float32) for pair in halves for half in pair]
+    r_swapped = cute.make_rmem_tensor((VECTOR,), r_row.element_type)
+    swapped = cute.recast_tensor(r_swapped, Int32)
+    for i in range(VECTOR // 2):
+        swapped[i] = permute(words[i], 0x1032)
+    x = r_swapped.load().to(Float32)
+    return [x[e ^ 1] for e in range(VECTOR)]
+
+
+def permute(word: Int32, selector: int) -> Int32:
+    """Bytes of `word` (0 to 3) and of zero (4 to 7) as the selector's digits say."""
+    code = f"prmt.b32 {{$w0}}, {{$r0}}, 0, {selector:#x};"
+    return cute.arch.inline_ptx(code, write_only_types=[Int32], read_only_args=[word])
 
 
 def pack(values: list[Float32], dtype: type[Numeric]) -> cute.Tensor:
