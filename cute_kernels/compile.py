@@ -33,7 +33,7 @@ _SYMBOL = "kernel"
 Config = TypeVar("Config")
 
 
-_options = ContextVar("options", default="--enable-tvm-ffi")
+_options = ContextVar("options", default=f"--enable-tvm-ffi --gpu-arch={ARCH}")
 
 
 def compile_kernel(kernel: Any, *arguments: Any) -> Any:
@@ -46,7 +46,7 @@ def compile_kernel(kernel: Any, *arguments: Any) -> Any:
 @contextlib.contextmanager
 def keep_cubin(folder: str) -> Iterator[None]:
     """Within it, compile_kernel also leaves the machine code in `folder`."""
-    token = _options.set(f"--enable-tvm-ffi --keep-cubin --dump-dir={folder}")
+    token = _options.set(f"--enable-tvm-ffi --gpu-arch={ARCH} --keep-cubin --dump-dir={folder}")
     try:
         yield
     finally:

@@ -30,7 +30,7 @@ PRODUCER_REGISTERS = 24
 
 MAX_ROW_VECTORS = 4  # per thread: 32 elements of a row are 16 registers packed
 MAX_GROUP_WARPS = 8
-MAX_GROUPS = 12
+MAX_GROUPS = 8
 MAX_CONSUMER_WARPS = 15
 # With fewer, arithmetic does not hide behind the loads. On an H200, D 2304, L 17: .57 of copy bandwidth with 6 warps.
 GOOD_CONSUMER_WARPS = 12

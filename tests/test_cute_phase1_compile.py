@@ -63,6 +63,8 @@ def test_every_shape_gets_a_tile_that_fits():
         # ambiguous)
         assert tile.slots >= 2 * shape.slots_per_item(tile)
         assert hidden_size <= tile.cluster * shape.cta_columns(tile)
+        # No slot holds a part of an item that leaves stale rows or columns of another part
+        assert not shape.fixed_places(tile) or tile.slots % shape.slots_per_item(tile) == 0
         # No warp's share of the totals is empty: the exchange's buffers rely on it
         assert shape.partial_bytes // 16 >= tile.warps
 

@@ -17,8 +17,8 @@ import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float16, Float32, Int32, Int64, const_expr
-from cutlass.pipeline import PipelineState
 from cutlass.memory import SmemAllocator
+from cutlass.pipeline import PipelineState
 
 from cute_kernels.config import PRODUCER_REGISTERS, Operands, RowConfig, exchange_bytes
 from cute_kernels.device.pipelines import (
@@ -171,9 +171,7 @@ class RowKernel:
         rows, count = self.tile.rows, self.config.rows_per_token
         ring.acquire(state, rows if const_expr(count % rows == 0) else cutlass.min(rows, count - first))
         for r in cutlass.range_constexpr(rows):
-            if const_expr(count % rows == 0):
-                ring.copy(state, r, table.row(self.dtype, first + r, token, self.config.hidden_size))
-            elif first + r < count:
+            if const_expr(count % rows == 0) or first + r < count:
                 ring.copy(state, r, table.row(self.dtype, first + r, token, self.config.hidden_size))
 
     @cute.jit
@@ -221,9 +219,12 @@ class RowKernel:
                 logits.append(r_given)
             squares, products = [], []
             for source in chunk:
+                # A row's arithmetic follows the loads of the next one, so that it covers their latency.
                 r_rows.append(self.read_source(source, token, reader, operands))
-                add_products(squares, products, r_rows[-1], r_u)
+                if source > chunk.start:
+                    add_products(squares, products, r_rows[-2], r_u)
             reader.release()
+            add_products(squares, products, r_rows[-1], r_u)
             sums = RowSums(len(chunk))
             lane_logits = self.finish_logits(sums, exchange, squares, products, chunk.start, token, operands, scalars)
             held.append((chunk.start, sums, lane_logits))
@@ -252,7 +253,15 @@ class RowKernel:
             part.store_vector(r_row[None, v], g_row, v)
 
     def finish_logits(
-        self, sums: RowSums, exchange: GroupExchange, squares: list, products: list, first: int, token, operands, scalars
+        self,
+        sums: RowSums,
+        exchange: GroupExchange,
+        squares: list,
+        products: list,
+        first: int,
+        token,
+        operands,
+        scalars,
     ) -> list[Float32]:
         """Logits of a chunk's rows in the lanes that own them (RowSums); stores the statistics that are wanted."""
         config = self.config

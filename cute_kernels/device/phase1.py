@@ -9,7 +9,8 @@ reaches the other tokens of its item.) The hidden dimension is split over the CT
 warps; all walk the same items. Per item, a warp does
 
     logits     queries [16 x D-slice] times rows^T [D-slice x 8], and rows times rows^T, whose diagonal are the squares
-    exchange   sums of these over all warps and CTAs: each warp adds up one share and sends it to every CTA
+    exchange   sums of these over all warps and CTAs: each warp adds up one share and sends it to every CTA; or, direct,
+               each sends its own sums to every CTA, where every warp adds them up
     softmax    in every warp, from the sums; weights become mma operands in place
     mix        weights [16 x 8 high and 8 low] times rows [8 x D-slice]: both halves of K see the same rows
     store      rows staged in shared memory, one bulk copy for each
@@ -753,7 +754,9 @@ class Phase1Kernel:
         stage_row, third_row = shape.stage_row_bytes(tile), shape.third_row_bytes(tile)
         third = memory.third + lane.warp * shape.third_bytes(tile)
         terms: list[list[list[Octet]]] = [[[] for _ in range(self.warp_columns // K_STEP)] for _ in range(2)]
-        unscale: list[Float32] = []
+        scales: list[tuple[Float32, Float32]] = []
+        if shape.terms > 1 and self.dtype is Float16:
+            scales = [power_of_two_scale(reader.peak(octet)) for octet in range(shape.octets)]
         pieces = [(octet, first) for octet in range(shape.octets) for first in range(0, tile.blocks, tile.segment)]
 
         def load(octet: int, first: int) -> list[tuple[Int32, Int32, list]]:
@@ -769,18 +772,14 @@ class Phase1Kernel:
         # Two pieces at a time where their registers are few
         ahead = 2 if shape.terms == 1 else 1
         loaded = [load(*piece) for piece in pieces[:ahead]]
-        scale = None
         for i, (octet, first) in enumerate(pieces):
-            if first == 0 and shape.terms > 1 and self.dtype is Float16:
-                scale, inverse = power_of_two_scale(reader.peak(octet))
-                unscale.append(inverse)
             parts = []
             for row, column, given in loaded.pop(0):
                 values = given
                 if shape.terms > 1:
                     product = reader.product(given)
-                    if scale is not None:
-                        of_row = cute.arch.shuffle_sync(scale, row * 4)
+                    if scales:
+                        of_row = cute.arch.shuffle_sync(scales[octet][0], row * 4)
                         product = [value * of_row for value in product]
                     values = split_vector(self.dtype, product, shape.terms)
                 if shape.terms == 3:
@@ -809,7 +808,7 @@ class Phase1Kernel:
         # As in place(); and a pair's matrices are columns 0 to 7 of both octets, then columns 8 to 15 of both.
         third_octet = third + (lane.lane % 8) * third_row + (lane.lane // 8) * 16
         third_pairs = third + (shape.octets % 2 * OCTET + lane.lane % 16) * third_row + (lane.lane // 16) * 16
-        return Queries(operands, unscale, third_octet, third_pairs)
+        return Queries(operands, [inverse for _, inverse in scales], third_octet, third_pairs)
 
 
 class QueryReader:
@@ -844,21 +843,23 @@ class QueryReader:
         ]
         return factors[0] if len(factors) == 1 else [q * w for q, w in zip(*factors, strict=True)]
 
-    def peak(self, octet: int) -> Float32:
-        """The largest magnitude in the warp's part of row c of the octet."""
-        vectors = self.kernel.warp_columns // VECTOR
+    @cute.jit
+    def peak(self, octet: cutlass.Constexpr) -> Float32:
+        """The largest magnitude in the warp's part of row c of the octet. A loop: all rows' loads at once spilled."""
         peak = Float32(0.0)
-        highest = []
-        for row in range(OCTET):
-            magnitudes = []
-            for index in range(0, vectors, LANES):
-                # A lane past the end repeats the last vector
-                column = cutlass.min(index + self.lane.lane, vectors - 1) * VECTOR
-                values = self.product(self.load(octet * OCTET + row, column))
-                magnitudes += [cute.arch.fmax(value, -value) for value in values]
-            highest.append(tree(cute.arch.fmax, magnitudes))
-        for row in range(OCTET):
-            for offset in (16, 8, 4, 2, 1):
-                highest[row] = cute.arch.fmax(highest[row], cute.arch.shuffle_sync_bfly(highest[row], offset=offset))
-            peak = select(self.lane.c == row, highest[row], peak)
+        for row in cutlass.range(OCTET, unroll=2):
+            highest = self.row_peak(octet * OCTET + row)
+            peak = select(self.lane.c == row, highest, peak)
         return peak
+
+    def row_peak(self, query: Int32) -> Float32:
+        vectors = self.kernel.warp_columns // VECTOR
+        magnitudes = []
+        for index in range(0, vectors, LANES):
+            # A lane past the end repeats the last vector
+            column = cutlass.min(index + self.lane.lane, vectors - 1) * VECTOR
+            magnitudes += [cute.arch.fmax(value, -value) for value in self.product(self.load(query, column))]
+        highest = tree(cute.arch.fmax, magnitudes)
+        for offset in (16, 8, 4, 2, 1):
+            highest = cute.arch.fmax(highest, cute.arch.shuffle_sync_bfly(highest, offset=offset))
+        return highest

@@ -20,8 +20,8 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Int64, Numeric
 from cutlass.cute.nvgpu import cpasync
-from cutlass.pipeline import PipelineState, PipelineUserType, make_pipeline_state
 from cutlass.memory import SmemAllocator
+from cutlass.pipeline import PipelineState, PipelineUserType, make_pipeline_state
 
 # createpolicy.fractional.L2::evict_first: rows are read once, so they should leave L2 before anything that is reused.
 EVICT_FIRST = 0x12F0000000000000
@@ -104,9 +104,7 @@ class RowRing:
     def acquire(self, state: PipelineState, rows: Int32 | int) -> None:
         """By one thread: waits until the slot is free and announces that many rows."""
         cute.arch.mbarrier_wait(self.empty + state.index, state.phase)
-        cute.arch.mbarrier_arrive_and_expect_tx(
-            self.full + state.index, rows * (self.elements * self.dtype.width // 8)
-        )
+        cute.arch.mbarrier_arrive_and_expect_tx(self.full + state.index, rows * (self.elements * self.dtype.width // 8))
 
     def copy(self, state: PipelineState, r: int, row: cute.Tensor) -> None:
         """By one thread: starts copying `row`, global (elements,), into row r of the slot acquired."""

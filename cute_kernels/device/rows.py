@@ -269,7 +269,9 @@ def pack(values: list[Float32], dtype: type[Numeric]) -> cute.Tensor:
 
 
 def vector_fp32(address: Int64, length: Int32) -> cute.Tensor:
-    return cute.make_tensor(cute.make_ptr(Float32, address, cute.AddressSpace.gmem, assumed_align=4), cute.make_layout((length,)))
+    return cute.make_tensor(
+        cute.make_ptr(Float32, address, cute.AddressSpace.gmem, assumed_align=4), cute.make_layout((length,))
+    )
 
 
 @cute.jit
