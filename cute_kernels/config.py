@@ -36,12 +36,12 @@ MAX_CONSUMER_WARPS = 15
 GOOD_CONSUMER_WARPS = 12
 FAIR_CONSUMER_WARPS = 7
 MIN_CHUNK = 2
-# Of a consumer thread, besides row data: addresses, barrier state, scalars; and for each row, two sums and then a logit and a share.
+# Of a consumer thread, besides row data: addresses, barrier state, scalars; for each row, two sums and then a logit and a share.
 # With these, no configuration spills (tests compile the tightest ones).
 OTHER_REGISTERS = 24
 REGISTERS_PER_ROW = 2.5
-# Of all rings. More was slower on an H200: D 7168, L 9: .966 of copy bandwidth with 112 KB, .949 with 224; D 4096, L 5: .949 with 120,
-# .936 with 216.
+# Of all rings. More was slower on an H200: D 7168, L 9: .966 of copy bandwidth with 112 KB, .949 with 224; D 4096, L 5: .949
+# with 120, .936 with 216.
 RING_BYTES = 144 * 1024
 # Two rows of 2048 or 2304 elements share a slot, for fewer barriers. On an H200, D 2048, L 17: .908 with one row, .950 with two.
 SLOT_BYTES = 10 * 1024

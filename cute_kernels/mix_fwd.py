@@ -97,8 +97,8 @@ def mix_fwd(
 ) -> None:
     """Fills out and the statistics that are wanted.
 
-    Sources and outputs are bf16 or fp16, parameters bf16, fp16 or fp32; rows start at multiples of 16 bytes. logits, rstd and lse are
-    what the backward needs. Moves (L + 1) T D elements. Deterministic.
+    Sources and out are bf16 or fp16, parameters bf16, fp16 or fp32; rows start at multiples of 16 bytes. logits, rstd and lse
+    are what the backward needs. Moves (L + 1) T D elements. Deterministic.
     """
     query, key_weight, output_weight = aligned(query), aligned(key_weight), aligned(output_weight)
     kernel = kernel_for(

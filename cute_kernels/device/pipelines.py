@@ -87,8 +87,8 @@ def consumer_state(slots: int) -> PipelineState:
 class RowRing:
     """Slots of a few rows in shared memory, filled by bulk copies and read by the warps of one consumer group.
 
-    A row holds `elements` elements and starts every `pitch` elements (pitch * itemsize a multiple of 16); what lies between is never
-    written by a copy. A fill may bring fewer rows than a slot holds. (Frozen: the DSL carries mutable
+    A row holds `elements` elements and starts every `pitch` elements (pitch * itemsize a multiple of 16); what lies between is
+    never written by a copy. A fill may bring fewer rows than a slot holds. (Frozen: the DSL carries mutable
     objects through dynamic control flow.)
     """
 

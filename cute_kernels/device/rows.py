@@ -1,7 +1,7 @@
 """A row spread over the warps of a consumer group: vector access, reductions, softmax scalars.
 
-Thread t of a group of W warps owns the 16-byte vectors t, t + 32 W, t + 64 W, ... of every row, so that each access of a warp is one
-run of 512 bytes: free of bank conflicts in shared memory, whole sectors in device memory.
+Thread t of a group of W warps owns the 16-byte vectors t, t + 32 W, t + 64 W, ... of every row, so that each access of a warp is
+one run of 512 bytes: free of bank conflicts in shared memory, whole sectors in device memory.
 """
 
 from collections.abc import Callable
@@ -129,8 +129,8 @@ def halve(values: list[Float32], offset: int, lane: Int32) -> list[Float32]:
 class RowSums:
     """Sums over a warp of two numbers for each of `count` rows: 2 * count values reduced together, each in one lane.
 
-    After `reduce`, lane l < 16 holds the first number and lane l + 16 the second number of the rows that `owner` gives to lane l, up
-    to `depth` of them (one up to 16 rows). With more lanes than values, several lanes hold the same one.
+    After `reduce`, lane l < 16 holds the first number and lane l + 16 the second number of the rows that `owner` gives to lane l,
+    up to `depth` of them (one up to 16 rows). With more lanes than values, several lanes hold the same one.
     """
 
     def __init__(self, count: int):
