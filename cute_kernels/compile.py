@@ -69,7 +69,9 @@ def cached_kernel(build: Callable[[Config], Any]) -> Callable[[Config], Any]:
 
 def _from_disk_or_build(build: Callable[[Config], Any], config: Config) -> Any:
     linker = shutil.which("cc") or shutil.which("gcc")
-    if linker is None:  # the object file alone would need the DSL's own loader: then there is nothing to gain from a cache
+    if (
+        linker is None
+    ):  # the object file alone would need the DSL's own loader: then there is nothing to gain from a cache
         return build(config)
     folder = cache_folder()
     name = hashlib.sha256(f"{build.__module__}.{build.__qualname__}({config!r})".encode()).hexdigest()[:32]
