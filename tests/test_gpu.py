@@ -1,13 +1,12 @@
 """On a GPU: every operation on every backend against the oracle, with poisoned outputs; what only a real device shows."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
 import attnres
-from attnres import backend as backends
 from attnres import inputs, numerics, oracle, report
 from attnres.inputs import Shape
 
@@ -34,20 +33,6 @@ def poison() -> Iterator[None]:
     assert torch.empty(1).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture
-def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
-    """(operation, backend) of every launch."""
-    calls = []
-    original = backends.launcher
-
-    def spy(op: str, backend: str) -> Callable[..., None]:
-        calls.append((op, backend))
-        return original(op, backend)
-
-    monkeypatch.setattr(backends, "launcher", spy)
-    return calls
 
 
 def call_or_skip(case: inputs.Case, backend: str) -> report.Results:

@@ -20,20 +20,6 @@ SMALL = Shape(5, 72, 3, 2)
 FLOAT32 = {"rtol": 1e-5, "atol": 1e-6}  # of float32 arithmetic on numbers of order one
 
 
-@pytest.fixture
-def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
-    """(operation, backend) of every launch."""
-    calls = []
-    original = backends.launcher
-
-    def spy(op: str, backend: str) -> Callable[..., None]:
-        calls.append((op, backend))
-        return original(op, backend)
-
-    monkeypatch.setattr(backends, "launcher", spy)
-    return calls
-
-
 def mix(**options: Any) -> torch.Tensor:
     query, sources = torch.randn(16), [torch.randn(4, 16) for _ in range(3)]
     return attnres.attn_res(query, sources, **options)
