@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -298,8 +298,34 @@ def row_config(
     )
 
 
+@dataclass(frozen=True)
+class QueryGradConfig:
+    """Static configuration of query_grad: dtypes as in RowConfig; sizes are dynamic."""
+
+    query: str | None  # read for d_key_weight
+    key_weight: str | None
+    d_query: str
+    d_key_weight: str | None
+    warps: ClassVar[int] = 8
+
+    @property
+    def shared_bytes(self) -> int:
+        return self.warps * LANES * 4
+
+
+def query_grad_config(
+    query: torch.dtype | None,
+    key_weight: torch.dtype | None,
+    d_query: torch.dtype,
+    d_key_weight: torch.dtype | None,
+) -> QueryGradConfig:
+    names = PARAMETER_DTYPES | {None: None}
+    return QueryGradConfig(names[query], names[key_weight], names[d_query], names[d_key_weight])
+
+
 def representative_configs() -> Iterator[tuple[str, Callable[[Any], Any], Any]]:
     """(op, build, config) of shapes that real models have and of every path through the kernels."""
+    from cute_kernels import query_grad
     from cute_kernels.mix_fwd import build
 
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
@@ -333,6 +359,13 @@ def representative_configs() -> Iterator[tuple[str, Callable[[Any], Any], Any]]:
         build,
         row_config("phase2_fwd", fp16, 4096, 1, fp16, merge=True, delta=True, logits=True, rstd=True),
     )
+    for dtypes in (
+        (bf16, bf16, bf16, bf16),
+        (None, None, fp16, None),
+        (fp32, bf16, fp32, bf16),
+        (None, fp16, fp16, None),
+    ):
+        yield "query_grad", query_grad.build, query_grad_config(*dtypes)
     with contextlib.suppress(ModuleNotFoundError):
         from cute_kernels.config_phase1 import phase1_configs
 

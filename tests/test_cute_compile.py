@@ -178,6 +178,18 @@ def test_machine_code(case: tuple) -> None:
     assert not re.search(r"(STG|LDG)\.E\.(U16|U8|S16|64)|LDS\.(U16|64)", found.sass)
 
 
+@pytest.mark.parametrize("c", [c for op, _, c in config.representative_configs() if op == "query_grad"], ids=str)
+def test_query_grad_machine_code(c: config.QueryGradConfig) -> None:
+    from cute_kernels.inspect import inspect_kernel
+    from cute_kernels.query_grad import build
+
+    found = inspect_kernel("query_grad", build, c)
+    assert found.spill_bytes == 0
+    # 16 bytes at a time; those of 160 partials, one for each SM of an H200 and more, before the first addition.
+    loads, first_sum = [m.start() for m in re.finditer(r"LDG\.E\.128", found.sass)], found.sass.index("FADD")
+    assert sum(at < first_sum for at in loads) >= 5
+
+
 def test_limit_of_the_register_model() -> None:
     """The most sources of each register tier that the tile table takes in one piece, with everything optional on."""
     from cute_kernels.inspect import inspect_kernel
@@ -208,7 +220,7 @@ def test_launchers_import_without_the_dsl() -> None:
     import sys
 
     code = (
-        "import sys, cute_kernels.mix_fwd, cute_kernels.serve_step, cute_kernels.phase2_fwd;"
+        "import sys, cute_kernels.mix_fwd, cute_kernels.serve_step, cute_kernels.phase2_fwd, cute_kernels.query_grad;"
         "assert not any(m.startswith('cutlass') for m in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
