@@ -72,7 +72,7 @@ class RowKernel:
         self,
         rows: list,  # addresses of the rows of token 0 in ring order: (merged row), sources, (delta)
         strides: list,  # elements from one token to the next
-        operands: Operands,
+        operands: tuple,  # Operands
         tokens: Int32,
         eps: Float32,
         output_eps: Float32,
@@ -85,7 +85,7 @@ class RowKernel:
         )
 
     @cute.kernel
-    def kernel(self, rows: list, strides: list, operands: Operands, scalars: Scalars):
+    def kernel(self, rows: list, strides: list, operands: tuple, scalars: Scalars):
         config, tile = self.config, self.tile
         tid, _, _ = cute.arch.thread_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
@@ -181,10 +181,7 @@ class RowKernel:
         group, lane = warp // tile.warps, tid % LANES
         part = RowTile(config.hidden_size, tile.warps, tid - group * (tile.warps * LANES))
         ring = rings.of(group)
-        r_u = part.load_global(TYPES[config.query], operands.query)
-        if const_expr(config.key_weight is not None):
-            r_weight = part.load_global(TYPES[config.key_weight], operands.key_weight)
-            r_u.store(r_u.load() * r_weight.load())
+        r_u = self.load_key(part, operands)
         count = self.token_count(scalars)
         state = consumer_state(tile.slots)
         turn = Int32(0)
@@ -201,6 +198,14 @@ class RowKernel:
             exchange = GroupExchange(s_partials, group, warp % tile.warps, lane, tile.warps, turn)
             self.mix_token(token, reader, exchange, r_u, r_given, s_weight, operands, scalars)
             state, turn = reader.state, exchange.turn
+
+    def load_key(self, part: RowTile, operands: Operands) -> cute.Tensor:
+        """u = query * key_weight, fp32."""
+        r_u = part.load_global(TYPES[self.config.query], operands.query)
+        if self.config.key_weight is not None:
+            r_weight = part.load_global(TYPES[self.config.key_weight], operands.key_weight)
+            r_u.store(r_u.load() * r_weight.load())
+        return r_u
 
     def load_given(self, operands: Operands, scalars: Scalars, turn: Int32) -> Float32:
         """The given logit of the group's token at `turn`, or of the last token when there is none."""
@@ -323,10 +328,10 @@ class RowKernel:
 
 
 class RowReader:
-    """The rows of one token from a ring, one after the other, each in registers as stored."""
+    """The rows of one token from a ring, one after the other, each in registers as stored; `keep` leaves them in the ring."""
 
-    def __init__(self, config: RowConfig, ring: RowRing, state: PipelineState, part: RowTile):
-        self.config, self.ring, self.state, self.part, self.count = config, ring, state, part, 0
+    def __init__(self, config: RowConfig, ring: RowRing, state: PipelineState, part: RowTile, keep: bool = False):
+        self.config, self.ring, self.state, self.part, self.keep, self.count = config, ring, state, part, keep, 0
         self.finished: PipelineState | None = None
 
     def next(self) -> cute.Tensor:
@@ -335,18 +340,21 @@ class RowReader:
         A slot is given back only after the next row's loads have been issued (`release` does it at the end of a chunk): an arrive
         waits for the loads before it, and so would the arithmetic.
         """
-        in_slot = self.count % self.config.tile.rows
-        self.count += 1
         # For a slot's later rows the wait is over already, but its branch keeps the compiler from loading them all up front,
         # which spilled.
         self.ring.wait(self.state)
         r_row = self.part.fragment(self.ring.dtype)
-        cute.autovec_copy(self.part.view(self.ring.row(self.state, in_slot)), r_row)
+        cute.autovec_copy(self.part.view(self.ring.row(self.state, self.count % self.config.tile.rows)), r_row)
         self.release()
-        if in_slot == self.config.tile.rows - 1 or self.count == self.config.rows_per_token:
-            self.finished = self.state.clone()
-            self.state.advance()
+        self.skip()
         return r_row
+
+    def skip(self) -> None:
+        """Goes on to the next row."""
+        self.count += 1
+        if self.count % self.config.tile.rows == 0 or self.count == self.config.rows_per_token:
+            self.finished = None if self.keep else self.state.clone()
+            self.state.advance()
 
     def release(self) -> None:
         """Gives back the slot whose last row has been read, if there is one."""

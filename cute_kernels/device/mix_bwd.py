@@ -1,0 +1,274 @@
+"""The kernel behind mix_bwd: reads d_out and every source once, writes every source's gradient once.
+
+    x    = d_out, or with out = RMSNorm(m) * w_out: d_out * w_out        p_i = exp(logit_i - lse)
+    b_i  = <x, v_i>,  e_i = <m, v_i>,  m = sum_i p_i v_i                 B = sum_i p_i b_i,  E = sum_i p_i e_i = <m, m>
+    dm   = d_out, or rstd_o (x - c m), rstd_o = (E / D + eps)^(-1/2), c = rstd_o^2 B / D
+    h_i  = p_i (b_i - B), or p_i rstd_o ((b_i - B) - c (e_i - E));       g_i = scale * rstd_i * h_i
+    dv_i = p_i dm + g_i u - (rstd_i^2 logit_i h_i / D) v_i
+    du   = sum_tokens sum_i g_i v_i                                      d_w_out = sum_tokens d_out * rstd_o m
+
+Roles and rings are the row kernel's (device/mix.py); the rows of a token are d_out, then the sources. Here they stay in shared memory
+until the last pass over them:
+
+    pass 1   as the rows arrive: b_i, and m for the norm
+    pass 2   for the norm: e_i. Its input m is cheaper to make again than to read, even where the forward kept it.
+    sums     one exchange over the group's warps gives all of a token's scalars: with B and E, the norm needs no exchange of its own
+    pass 3   dv_i, straight to device memory; du, in registers over all tokens of the CTA; the slots go back to the producer
+
+Deterministic: every sum has a fixed order.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, Int64, const_expr
+
+from cute_kernels.config_mix_bwd import BackwardOperands
+from cute_kernels.device.mix import RowKernel, RowReader, Scalars
+from cute_kernels.device.pipelines import NamedBarrier, RowRings, consumer_state, global_row
+from cute_kernels.device.rows import (
+    LANES,
+    VECTOR,
+    GroupExchange,
+    RowSums,
+    RowTile,
+    add,
+    exp_difference,
+    pack,
+    reciprocal_root,
+    select,
+    tree,
+    unpack,
+    vector_fp32,
+    warp_sum,
+)
+
+Vectors = list[list[Float32]]  # [vectors][VECTOR]: a thread's part of a row
+
+
+class Part(NamedTuple):
+    """Up to 16 sources whose sums are reduced together, so that each lands in one lane."""
+
+    index: int
+    sources: range
+    sums: RowSums
+    source: Int32  # the one that this lane owns, or -1
+
+
+class MixBwdKernel(RowKernel):
+    @cute.jit
+    def consume(self, tid, warp, rings, s_partials, s_weight, operands: BackwardOperands, scalars: Scalars):
+        """The gradients of one group's tokens: group, group + groups, ... of this CTA's; then the sums over all tokens."""
+        config, tile = self.config, self.tile
+        group, lane = warp // tile.warps, tid % LANES
+        row_tile = RowTile(config.hidden_size, tile.warps, tid - group * (tile.warps * LANES))
+        ring = rings.of(group)
+        r_u = self.load_key(row_tile, operands)
+        r_du, r_d_weight = row_tile.fragment(Float32), row_tile.fragment(Float32)
+        r_du.fill(0.0)
+        r_d_weight.fill(0.0)
+        parts = self.parts(lane)
+        # A token ahead: their latency would otherwise sit between two passes.
+        r_statistics = cute.make_rmem_tensor((2 * len(parts) + 1,), Float32)
+        self.load_statistics(r_statistics, parts, operands, scalars, group)
+        count = self.token_count(scalars)
+        state = consumer_state(tile.slots)
+        turn = Int32(0)
+        for i in cutlass.range(group, count, tile.groups, unroll=1):
+            statistics = [r_statistics[k] for k in range(2 * len(parts) + 1)]
+            self.load_statistics(r_statistics, parts, operands, scalars, i + tile.groups)
+            exchange = GroupExchange(s_partials, group, warp % tile.warps, lane, tile.warps, turn)
+            passes = [RowReader(config, ring, state.clone(), row_tile, keep=k < 2) for k in range(3)]
+            self.mix_gradient(
+                self.token(i), passes, exchange, parts, statistics, r_u, r_du, r_d_weight, s_weight, operands, scalars
+            )
+            state, turn = passes[-1].state, exchange.turn
+        self.store_sum(group, rings, row_tile, r_du, operands.du)
+        if const_expr(config.output_weight is not None):
+            self.sync_consumers()
+            self.store_sum(group, rings, row_tile, r_d_weight, operands.d_output_weight)
+
+    def parts(self, lane: Int32) -> list[Part]:
+        parts = []
+        for index, sources in enumerate(self.config.parts):
+            sums = RowSums(len(sources))
+            (row,) = sums.rows_of(lane)
+            parts.append(Part(index, sources, sums, select(row >= 0, row + sources.start, row)))
+        return parts
+
+    def load_statistics(self, r_statistics, parts: list[Part], operands, scalars: Scalars, turn: Int32) -> None:
+        """logit and rstd of this lane's sources, and lse, of the group's token at `turn`, or of the last token."""
+        tokens = scalars.tokens
+        token = cutlass.min(self.token(turn), tokens - 1)
+        for k, part in enumerate(parts):
+            row = Int64(cutlass.max(part.source, 0)) * tokens * 4
+            r_statistics[2 * k] = vector_fp32(operands.logits + row, tokens)[token]
+            r_statistics[2 * k + 1] = vector_fp32(operands.rstd + row, tokens)[token]
+        r_statistics[2 * len(parts)] = vector_fp32(operands.lse, tokens)[token]
+
+    def mix_gradient(
+        self, token, passes, exchange, parts, statistics, r_u, r_du, r_d_weight, s_weight, operands, scalars
+    ) -> None:
+        """One token: dv_i to device memory; adds to du, and to the output weight's gradient."""
+        arriving, again, last = passes
+        logits, rstd, lse = statistics[:-1:2], statistics[1::2], statistics[-1]
+        # Scalars of sources are lists with a number for each part, in the lane that owns the source; zero in the others.
+        p = [
+            select(part.source >= 0, exp_difference(logit, lse), Float32(0.0))
+            for part, logit in zip(parts, logits, strict=True)
+        ]
+        one_over_d = Float32(1.0 / self.config.hidden_size)
+        if s_weight is None:
+            d_mix = unpack_row(arriving.next())
+            last.skip()
+            b = self.products(arriving, parts, exchange, d_mix)
+            (b_mean,) = weighted_means(p, b)
+            h = [p_k * (b_k - b_mean) for p_k, b_k in zip(p, b, strict=True)]
+        else:
+            s_part = arriving.part.view(s_weight)
+            again.skip()
+            b, e, mix = self.norm_products(arriving, again, parts, exchange, p, s_part)
+            b_mean, e_mean = weighted_means(p, b, e)
+            output_rstd = reciprocal_root(cute.arch.fmax(e_mean, 0.0) * one_over_d + scalars.output_eps)
+            c = output_rstd * output_rstd * b_mean * one_over_d
+            h = [
+                p_k * (output_rstd * ((b_k - b_mean) - c * (e_k - e_mean)))
+                for p_k, b_k, e_k in zip(p, b, e, strict=True)
+            ]
+            d_mix = self.norm_gradient(last, s_part, mix, output_rstd, c, r_d_weight)
+        g = [scalars.scale * (rstd_k * h_k) for rstd_k, h_k in zip(rstd, h, strict=True)]
+        pull = [
+            rstd_k * rstd_k * logit * h_k * one_over_d for rstd_k, logit, h_k in zip(rstd, logits, h, strict=True)
+        ]
+        self.store_gradients(token, last, parts, (p, g, pull), d_mix, r_u, r_du, operands)
+
+    def products(self, rows: RowReader, parts: list[Part], exchange: GroupExchange, x: Vectors) -> list[Float32]:
+        """<x, v_i>."""
+        even, odd, partials = [], [], []
+        for part, i, r_row in one_ahead(rows, parts):
+            # Two accumulators keep a lone warp's FMA pipe busy; as a pair they cost the reduction nothing more.
+            sums = [Float32(0.0)] * 2
+            for v, vector in enumerate(x):
+                row = unpack(r_row, v)
+                for k in range(VECTOR):
+                    sums[k % 2] = sums[k % 2] + vector[k] * row[k]
+            even.append(sums[0])
+            odd.append(sums[1])
+            if i == len(part.sources) - 1:
+                partials += part.sums.reduce(even, odd, exchange.lane)
+                even, odd = [], []
+        totals = exchange.sum(partials)
+        pairs = [part.sums.pair(total, exchange.lane) for part, total in zip(parts, totals, strict=True)]
+        return [first + second for first, second in pairs]
+
+    def norm_products(
+        self, arriving: RowReader, again: RowReader, parts: list[Part], exchange, p: list[Float32], s_part
+    ) -> tuple[list[Float32], list[Float32], Vectors]:
+        """<d_out * w_out, v_i>, <m, v_i>, m."""
+        r_d_out = arriving.next()
+        x, mix = [], []
+        for v in range(arriving.part.vectors):
+            weight = load_vector(s_part, v)
+            x.append([d * w for d, w in zip(unpack(r_d_out, v), weight, strict=True)])
+            mix.append([Float32(0.0)] * VECTOR)
+        products = []
+        for part, i, r_row in one_ahead(arriving, parts):
+            share = part.sums.spread_one([p[part.index]], i)
+            product = Float32(0.0)
+            for v, vector in enumerate(x):
+                row = unpack(r_row, v)
+                for k in range(VECTOR):
+                    product = product + vector[k] * row[k]
+                    mix[v][k] = mix[v][k] + share * row[k]
+            products.append(product)
+        squares, partials = [], []
+        for part, i, r_row in one_ahead(again, parts):
+            square = Float32(0.0)
+            for v, vector in enumerate(mix):
+                row = unpack(r_row, v)
+                for k in range(VECTOR):
+                    square = square + vector[k] * row[k]
+            squares.append(square)
+            if i == len(part.sources) - 1:
+                partials += part.sums.reduce(products[: i + 1], squares, exchange.lane)
+                products, squares = products[i + 1 :], []
+        totals = exchange.sum(partials)
+        pairs = [part.sums.pair(total, exchange.lane) for part, total in zip(parts, totals, strict=True)]
+        return [first for first, _ in pairs], [second for _, second in pairs], mix
+
+    def norm_gradient(self, last: RowReader, s_part, mix: Vectors, output_rstd, c, r_d_weight) -> Vectors:
+        """dm; adds d_out * rstd_o m to the output weight's gradient."""
+        r_d_out = last.next()
+        d_mix = []
+        for v, vector in enumerate(mix):
+            d_out, weight = unpack(r_d_out, v), load_vector(s_part, v)
+            for k in range(VECTOR):
+                r_d_weight[k, v] = r_d_weight[k, v] + d_out[k] * (vector[k] * output_rstd)
+            d_mix.append([output_rstd * (d_out[k] * weight[k] - c * vector[k]) for k in range(VECTOR)])
+        return d_mix
+
+    def store_gradients(self, token, rows: RowReader, parts, factors, d_mix: Vectors, r_u, r_du, operands) -> None:
+        row_tile, size = rows.part, self.config.hidden_size
+        for part, i, r_row in one_ahead(rows, parts):
+            source = part.sources[i]
+            p, g, pull = (part.sums.spread_one([factor[part.index]], i) for factor in factors)
+            g_row = global_row(self.dtype, operands.d_sources[source], operands.d_strides[source], token, size)
+            for v, vector in enumerate(d_mix):
+                row, gradient = unpack(r_row, v), []
+                for k in range(VECTOR):
+                    gradient.append(p * vector[k] + (g * r_u[k, v] - pull * row[k]))
+                    r_du[k, v] = r_du[k, v] + g * row[k]
+                row_tile.store_vector(pack(gradient, self.dtype), g_row, v)
+
+    @cute.jit
+    def store_sum(self, group: Int32, rings: RowRings, row_tile: RowTile, r_sum: cute.Tensor, address: Int64):
+        """The groups' sums added up in order, by way of their rings, which are empty by now: one row [D] of partial sums a CTA."""
+        pitch, rows, slots, groups = rings.s_rows.shape
+        memory = cute.recast_ptr(rings.s_rows.iterator, dtype=Float32)
+        s_sums = cute.make_tensor(memory, cute.make_layout((pitch, groups), stride=(1, pitch * rows * slots // 2)))
+        if group > 0:
+            cute.autovec_copy(r_sum, row_tile.view(s_sums[None, group]))
+        self.sync_consumers()
+        if group == 0:
+            block, _, _ = cute.arch.block_idx()
+            g_row = global_row(Float32, address, self.config.hidden_size, block, self.config.hidden_size)
+            for v in cutlass.range_constexpr(row_tile.vectors):
+                total = [r_sum[k, v] for k in range(VECTOR)]
+                for other in range(1, groups):
+                    more = load_vector(row_tile.view(s_sums[None, other]), v)
+                    total = [a + b for a, b in zip(total, more, strict=True)]
+                row_tile.store_vector(pack(total, Float32), g_row, v)
+
+    def sync_consumers(self) -> None:
+        cute.arch.barrier(barrier_id=NamedBarrier.CTA, number_of_threads=self.tile.consumer_warps * LANES)
+
+
+def one_ahead(rows: RowReader, parts: list[Part]) -> Iterator[tuple[Part, int, cute.Tensor]]:
+    """(part, index in the part, row) of all sources. The next row is on its way when a row is handed out, to cover its latency."""
+    places = [(part, i) for part in parts for i in range(len(part.sources))]
+    r_next = rows.next()
+    for n, (part, i) in enumerate(places):
+        r_row = r_next
+        if n + 1 < len(places):
+            r_next = rows.next()
+        else:
+            rows.release()
+        yield part, i, r_row
+
+
+def unpack_row(r_row: cute.Tensor) -> Vectors:
+    return [unpack(r_row, v) for v in range(cute.size(r_row, mode=[1]))]
+
+
+def load_vector(s_part: cute.Tensor, v: int) -> list[Float32]:
+    """Vector v of (VECTOR, vectors) fp32 in shared memory."""
+    r_vector = cute.make_rmem_tensor((VECTOR,), Float32)
+    cute.autovec_copy(s_part[None, v], r_vector)
+    return [r_vector[k] for k in range(VECTOR)]
+
+
+def weighted_means(p: list[Float32], *numbers: list[Float32]) -> list[Float32]:
+    """sum_i p_i a_i of each list of numbers a, in every lane."""
+    return [warp_sum(tree(add, [p_k * a_k for p_k, a_k in zip(p, a, strict=True)])) for a in numbers]
