@@ -13,7 +13,6 @@ from cute_kernels.config import (
     DTYPES,
     GOOD_CONSUMER_WARPS,
     ITEM_BYTES,
-    LANES,
     MAX_GROUPS,
     MAX_SLOTS,
     PARAMETER_DTYPES,
@@ -29,6 +28,7 @@ MAX_WARPS = 16
 # Of a consumer thread with 1 to 4 vectors of each row, without and with output norm (tests compile the tightest tiles).
 REGISTERS = ((80, 112, 128, 176), (112, 160, 208, 255))
 LOOK_AHEAD = 1.3  # ring over rows of a token, where there is room
+CLUSTERS = (1, 2)
 MAX_PART = 16  # sources whose sums are reduced together: two numbers each fill a warp's lanes
 
 
@@ -58,6 +58,16 @@ class MixBwdConfig:
     key_weight: str | None
     output_weight: str | None
     tile: Tile
+    cluster: int  # CTAs that share a token, a part of its columns each
+
+    @property
+    def columns(self) -> int:
+        return self.hidden_size // self.cluster
+
+    @property
+    def exchange_warps(self) -> int:
+        """Whose sums are added up."""
+        return self.tile.warps * self.cluster
 
     @property
     def rows_per_token(self) -> int:
@@ -76,7 +86,7 @@ class MixBwdConfig:
 
     @property
     def pitch(self) -> int:
-        return self.tile.pitch(self.hidden_size)
+        return self.tile.pitch(self.columns)
 
     @property
     def threads(self) -> int:
@@ -86,25 +96,26 @@ class MixBwdConfig:
     def shared_bytes(self) -> int:
         tile = self.tile
         return tile.groups * tile.slots * slot_bytes(tile.rows, self.pitch) + other_bytes(
-            self.hidden_size, self.num_sources, tile, self.output_weight is not None
+            self.columns, self.num_sources, tile, self.cluster, self.output_weight is not None
         )
 
 
-def other_bytes(hidden_size: int, num_sources: int, tile: Tile, output_norm: bool) -> int:
+def other_bytes(columns: int, num_sources: int, tile: Tile, cluster: int, output_norm: bool) -> int:
     """Shared memory besides the rings."""
     return (
         table_bytes(num_sources + 1, tile.producer_warps)
-        + exchange_bytes(num_sources, tile.warps, tile.groups)
-        + tile.pitch(hidden_size) * 4 * output_norm
+        + exchange_bytes(num_sources, tile.warps * cluster, tile.groups)
+        + 16 * tile.groups * (cluster > 1)
+        + tile.pitch(columns) * 4 * output_norm
     )
 
 
-def make_tile(hidden_size: int, num_sources: int, warps: int, groups: int, output_norm: bool) -> Tile:
+def make_tile(columns: int, num_sources: int, warps: int, groups: int, cluster: int, output_norm: bool) -> Tile:
     """A tile with as many slots as there is room for."""
     producers = 4 if warps * groups in (8, 12, 16) else 1
     tile = Tile(warps, groups, producers, num_sources, 1, 0)
-    room = (SHARED_BYTES - other_bytes(hidden_size, num_sources, tile, output_norm)) // groups
-    pitch = tile.pitch(hidden_size)
+    room = (SHARED_BYTES - other_bytes(columns, num_sources, tile, cluster, output_norm)) // groups
+    pitch = tile.pitch(columns)
     # A producer warp's lanes initialise a slot each: many short rows share slots.
     rows = 1
     while room // slot_bytes(rows, pitch) > MAX_SLOTS and rows <= num_sources:
@@ -113,20 +124,26 @@ def make_tile(hidden_size: int, num_sources: int, warps: int, groups: int, outpu
 
 
 @functools.cache
-def mix_bwd_tile(hidden_size: int, num_sources: int, output_norm: bool) -> Tile | None:
-    """None where the rows of a token do not fit into shared memory."""
+def mix_bwd_tile(hidden_size: int, num_sources: int, output_norm: bool) -> tuple[Tile, int] | None:
+    """Tile and CTAs of a cluster; None where the rows of a token do not fit into shared memory."""
     choices = []
-    for warps in range(1, MAX_WARPS + 1):
-        for groups in range(1, min(MAX_WARPS // warps, MAX_GROUPS) + 1):
-            tile = make_tile(hidden_size, num_sources, warps, groups, output_norm)
-            vectors = tile.vectors(hidden_size)
-            fits = tile.slots * tile.rows > num_sources
-            if fits and vectors <= 4 and tile.registers >= REGISTERS[output_norm][vectors - 1]:
-                choices.append(tile)
+    for cluster in CLUSTERS:
+        columns = hidden_size // cluster
+        if hidden_size % (cluster * VECTOR):
+            continue
+        for warps in range(1, MAX_WARPS + 1):
+            for groups in range(1, min(MAX_WARPS // warps, MAX_GROUPS) + 1):
+                tile = make_tile(columns, num_sources, warps, groups, cluster, output_norm)
+                vectors = tile.vectors(columns)
+                fits = tile.slots * tile.rows > num_sources
+                if fits and vectors <= 4 and tile.registers >= REGISTERS[output_norm][vectors - 1]:
+                    choices.append((tile, cluster))
 
-    def worth(tile: Tile) -> tuple[bool, int, int, int]:
+    def worth(choice: tuple[Tile, int]) -> tuple[bool, int, int, int, int]:
+        tile, cluster = choice
         ahead = tile.slots * tile.rows >= LOOK_AHEAD * (num_sources + 1)
-        return ahead, min(tile.consumer_warps, GOOD_CONSUMER_WARPS), -tile.pitch(hidden_size), tile.groups
+        warps = min(tile.consumer_warps, GOOD_CONSUMER_WARPS)
+        return ahead, -cluster, warps, -tile.pitch(hidden_size // cluster), tile.groups
 
     return max(choices, key=worth, default=None)
 
@@ -145,12 +162,12 @@ def mix_bwd_config(
     query: torch.dtype,
     key_weight: torch.dtype | None = None,
     output_weight: torch.dtype | None = None,
-    tile: Tile | None = None,
+    tile: tuple[Tile, int] | None = None,
 ) -> MixBwdConfig:
     names = PARAMETER_DTYPES | {None: None}
     tile = tile or mix_bwd_tile(hidden_size, num_sources, output_weight is not None)
     return MixBwdConfig(
-        DTYPES[dtype], hidden_size, num_sources, names[query], names[key_weight], names[output_weight], tile
+        DTYPES[dtype], hidden_size, num_sources, names[query], names[key_weight], names[output_weight], *tile
     )
 
 
@@ -166,5 +183,7 @@ def mix_bwd_configs() -> Iterator[tuple[str, Any, MixBwdConfig]]:
         (bf16, 7168, 9, fp32, bf16, bf16),
         (bf16, 4096, 5, bf16, bf16, bf16),
         (bf16, 2048, 17, bf16, bf16, bf16),
+        (bf16, 7168, 17, bf16),
+        (fp16, 7168, 17, fp32, fp32, fp32),
     ):
         yield "mix_bwd", build, mix_bwd_config(*args)

@@ -22,14 +22,15 @@ def build(config: MixBwdConfig) -> Any:
 
     rows, gradients = [Int64(0)] * config.rows_per_token, [Int64(0)] * config.num_sources
     operands = BackwardOperands(*[Int64(0)] * 6, gradients, gradients, *[Int64(0)] * 2)
-    numbers = (Int32(1), Float32(1.0), Float32(1.0), Float32(1.0), Int32(1))
+    numbers = (Int32(1), Float32(1.0), Float32(1.0), Int32(1))
     return compile_kernel(MixBwdKernel(config), rows, rows, operands, *numbers, make_fake_stream())
 
 
 @functools.cache
-def kernel_for(*shape: Any) -> Any:
-    """The compiled kernel for `mix_bwd_config(*shape)`."""
-    return build(mix_bwd_config(*shape))
+def kernel_for(*shape: Any) -> tuple[Any, int]:
+    """The compiled kernel for `mix_bwd_config(*shape)`, and the CTAs of its clusters."""
+    config = mix_bwd_config(*shape)
+    return build(config), config.cluster
 
 
 def mix_bwd(
@@ -57,11 +58,12 @@ def mix_bwd(
     """
     tokens, hidden_size = d_out.shape
     query, key_weight, output_weight = aligned(query), aligned(key_weight), aligned(output_weight)
-    kernel = kernel_for(
+    kernel, cluster = kernel_for(
         d_out.dtype, hidden_size, len(sources), query.dtype, dtype_of(key_weight), dtype_of(output_weight)
     )
-    grid = min(tokens, sm_count(d_out.device))
-    sums = torch.empty(2 if output_weight is not None else 1, grid, hidden_size, dtype=torch.float32, device=d_out.device)
+    clusters = min(tokens, sm_count(d_out.device) // cluster)
+    norms = 1 if output_weight is None else 2
+    sums = torch.empty(norms, clusters, hidden_size, dtype=torch.float32, device=d_out.device)
     rows = [d_out, *sources]
     operands = BackwardOperands(
         query=query.data_ptr(),
@@ -80,10 +82,9 @@ def mix_bwd(
         [row.stride(0) for row in rows],
         operands,
         tokens,
-        eps,
         output_eps,
         scale,
-        grid,
+        clusters * cluster,
         current_stream(d_out.device),
     )
     vector_grad(sums[0], query, key_weight, d_query, d_key_weight)

@@ -66,6 +66,7 @@ class Scalars(NamedTuple):
 class RowKernel:
     def __init__(self, config: RowConfig):
         self.config, self.tile, self.dtype = config, config.tile, TYPES[config.dtype]
+        self.columns = config.hidden_size  # of a row that this CTA works on
 
     @cute.jit
     def __call__(
@@ -134,20 +135,23 @@ class RowKernel:
     def stage_weight(self, tid: Int32, s_weight: cute.Tensor, operands: Operands):
         """The output norm's weight to shared memory, by the first group."""
         if tid < self.tile.warps * LANES:
-            part = RowTile(self.config.hidden_size, self.tile.warps, tid)
+            part = RowTile(self.columns, self.tile.warps, tid)
             r_weight = part.load_global(TYPES[self.config.output_weight], operands.output_weight)
             cute.autovec_copy(r_weight, part.view(s_weight))
 
-    def token_count(self, scalars: Scalars) -> Int32:
-        """Tokens of this CTA: block, block + grid, block + 2 grid, ..."""
+    def turns(self) -> tuple[Int32, Int32]:
+        """(first token, tokens from one turn to the next) of this CTA."""
         block, _, _ = cute.arch.block_idx()
         grid, _, _ = cute.arch.grid_dim()
-        return (scalars.tokens - block + grid - 1) // grid
+        return block, grid
+
+    def token_count(self, scalars: Scalars) -> Int32:
+        first, step = self.turns()
+        return (scalars.tokens - first + step - 1) // step
 
     def token(self, turn: Int32) -> Int32:
-        block, _, _ = cute.arch.block_idx()
-        grid, _, _ = cute.arch.grid_dim()
-        return block + turn * grid
+        first, step = self.turns()
+        return first + turn * step
 
     @cute.jit
     def produce(self, producer: Int32, rings: RowRings, table: RowTable, scalars: Scalars):
@@ -172,7 +176,7 @@ class RowKernel:
         ring.acquire(state, rows if const_expr(count % rows == 0) else cutlass.min(rows, count - first))
         for r in cutlass.range_constexpr(rows):
             if const_expr(count % rows == 0) or first + r < count:
-                ring.copy(state, r, table.row(self.dtype, first + r, token, self.config.hidden_size))
+                ring.copy(state, r, table.row(self.dtype, first + r, token, self.columns))
 
     @cute.jit
     def consume(self, tid, warp, rings, s_partials, s_weight, operands: Operands, scalars: Scalars):

@@ -7,8 +7,8 @@
     dv_i = p_i dm + g_i u - (rstd_i^2 logit_i h_i / D) v_i
     du   = sum_tokens sum_i g_i v_i                                      d_w_out = sum_tokens d_out * rstd_o m
 
-Roles and rings are the row kernel's (device/mix.py); the rows of a token are d_out, then the sources. Here they stay in shared memory
-until the last pass over them:
+Roles and rings are the row kernel's (device/mix.py); the rows of a token are d_out, then the sources. Here they stay in shared
+memory until the last pass over them:
 
     pass 1   as the rows arrive: b_i, and m for the norm
     pass 2   for the norm: e_i. Its input m is cheaper to make again than to read, even where the forward kept it.
@@ -21,16 +21,28 @@ Deterministic: every sum has a fixed order.
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, const_expr
+from cutlass.memory import SmemAllocator
 
-from cute_kernels.config_mix_bwd import BackwardOperands
-from cute_kernels.device.mix import RowKernel, RowReader, Scalars
-from cute_kernels.device.pipelines import NamedBarrier, RowRings, consumer_state, global_row
+from cute_kernels.config import PRODUCER_REGISTERS
+from cute_kernels.config_mix_bwd import BackwardOperands, MixBwdConfig
+from cute_kernels.device.mix import TYPES, RowKernel, RowReader, Scalars
+from cute_kernels.device.pipelines import (
+    NamedBarrier,
+    RowRings,
+    RowTable,
+    await_barriers,
+    consumer_state,
+    global_row,
+    publish_barriers,
+)
 from cute_kernels.device.rows import (
     LANES,
     VECTOR,
+    ClusterExchange,
     GroupExchange,
     RowSums,
     RowTile,
@@ -58,12 +70,130 @@ class Part(NamedTuple):
 
 
 class MixBwdKernel(RowKernel):
+    def __init__(self, config: MixBwdConfig):
+        super().__init__(config)
+        self.cluster, self.columns = config.cluster, config.columns
+
     @cute.jit
-    def consume(self, tid, warp, rings, s_partials, s_weight, operands: BackwardOperands, scalars: Scalars):
+    def __call__(
+        self,
+        rows: list,  # addresses of the rows of token 0 in ring order: d_out, sources
+        strides: list,  # elements from one token to the next
+        operands: BackwardOperands,
+        tokens: Int32,
+        output_eps: Float32,
+        scale: Float32,
+        grid: Int32,
+        stream: cuda.CUstream,
+    ):
+        self.kernel(rows, strides, operands, Scalars(tokens, Float32(0.0), output_eps, scale)).launch(
+            grid=[grid, 1, 1],
+            block=[self.config.threads, 1, 1],
+            cluster=[self.cluster, 1, 1] if self.cluster > 1 else None,
+            stream=stream,
+            min_blocks_per_mp=1,
+        )
+
+    @cute.kernel
+    def kernel(self, rows: list, strides: list, operands: BackwardOperands, scalars: Scalars):
+        config, tile = self.config, self.tile
+        tid, _, _ = cute.arch.thread_idx()
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        smem = SmemAllocator()
+        rings = RowRings.allocate(
+            smem,
+            self.dtype,
+            groups=tile.groups,
+            slots=tile.slots,
+            rows=tile.rows,
+            pitch=config.pitch,
+            elements=self.columns,
+            consumer_warps=tile.warps,
+        )
+        table = RowTable.allocate(smem, config.rows_per_token, tile.producer_warps)
+        s_partials, arrived, s_weight = None, None, None
+        if const_expr(config.exchange_warps > 1):
+            # (LANES * depth, warps of all CTAs, 2, groups)
+            shape = (LANES * len(config.parts), config.exchange_warps, 2, tile.groups)
+            s_partials = smem.allocate_tensor(Float32, cute.make_layout(shape), 16)
+        if const_expr(self.cluster > 1):
+            arrived = smem.allocate_array(Int64, tile.groups * 2)  # [groups, 2] mbarriers of the exchange
+        if const_expr(config.output_weight is not None):
+            s_weight = smem.allocate_tensor(Float32, cute.make_layout((config.pitch,)), 16)  # (pitch,)
+        rank = cute.arch.block_idx_in_cluster() if const_expr(self.cluster > 1) else Int32(0)
+        if warp >= tile.consumer_warps:
+            producer = warp - tile.consumer_warps
+            rings.init_barriers(producer, tile.producer_warps, tid % LANES)
+            if const_expr(self.cluster > 1):
+                self.init_exchange(arrived, producer, tid % LANES)
+            publish_barriers(config.threads)
+            self.sync_cluster()
+            if const_expr(tile.consumer_registers > 0):
+                cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
+            with cute.arch.elect_one():
+                item = self.dtype.width // 8
+                addresses = [row + Int64(rank) * (self.columns * item) for row in rows]
+                table.of(producer).fill(addresses, strides, item)
+                self.produce(producer, rings, table.of(producer), scalars)
+        else:
+            own = self.own_columns(operands, rank)
+            if const_expr(config.pitch > self.columns):
+                rings.clear_padding(tid, tile.consumer_warps * LANES)
+            if const_expr(config.output_weight is not None):
+                self.stage_weight(tid, s_weight, own)
+            if const_expr(config.pitch > self.columns or config.output_weight is not None):
+                self.sync_consumers()
+            await_barriers(config.threads)
+            self.sync_cluster()
+            if const_expr(tile.consumer_registers > 0):
+                cute.arch.setmaxregister_increase(tile.consumer_registers)
+            self.consume(tid, warp, rank, rings, s_partials, arrived, s_weight, own, scalars)
+        # No CTA may leave while another can still write to its shared memory.
+        self.sync_cluster()
+
+    def sync_cluster(self) -> None:
+        if self.cluster > 1:
+            cute.arch.sync_warp()
+            cute.arch.cluster_arrive()
+            cute.arch.cluster_wait()
+
+    def sync_consumers(self) -> None:
+        cute.arch.barrier(barrier_id=NamedBarrier.CTA, number_of_threads=self.tile.consumer_warps * LANES)
+
+    @cute.jit
+    def init_exchange(self, arrived: cute.Pointer, producer: Int32, lane: Int32):
+        if (producer == 0) & (lane < self.tile.groups * 2):
+            cute.arch.mbarrier_init(arrived + lane, 1)
+
+    def turns(self) -> tuple[Int32, Int32]:
+        """The CTAs of a cluster take the same tokens, a part of their columns each."""
+        block, grid = super().turns()
+        return block // self.cluster, grid // self.cluster
+
+    def own_columns(self, operands: BackwardOperands, rank: Int32) -> BackwardOperands:
+        """With the addresses of this CTA's first column."""
+
+        def shift(address: Int64, kind: str | None) -> Int64:
+            return address if kind is None else address + Int64(rank) * (self.columns * TYPES[kind].width // 8)
+
+        config = self.config
+        return operands._replace(
+            query=shift(operands.query, config.query),
+            key_weight=shift(operands.key_weight, config.key_weight),
+            output_weight=shift(operands.output_weight, config.output_weight),
+            d_sources=[shift(address, config.dtype) for address in operands.d_sources],
+            du=shift(operands.du, "fp32"),
+            d_output_weight=shift(operands.d_output_weight, "fp32"),
+        )
+
+    @cute.jit
+    def consume(
+        self, tid, warp, rank, rings, s_partials, arrived, s_weight, operands: BackwardOperands, scalars: Scalars
+    ):
         """The gradients of one group's tokens: group, group + groups, ... of this CTA's; then the sums over all tokens."""
         config, tile = self.config, self.tile
         group, lane = warp // tile.warps, tid % LANES
-        row_tile = RowTile(config.hidden_size, tile.warps, tid - group * (tile.warps * LANES))
+        row_tile = RowTile(self.columns, tile.warps, tid - group * (tile.warps * LANES))
         ring = rings.of(group)
         r_u = self.load_key(row_tile, operands)
         r_du, r_d_weight = row_tile.fragment(Float32), row_tile.fragment(Float32)
@@ -79,7 +209,7 @@ class MixBwdKernel(RowKernel):
         for i in cutlass.range(group, count, tile.groups, unroll=1):
             statistics = [r_statistics[k] for k in range(2 * len(parts) + 1)]
             self.load_statistics(r_statistics, parts, operands, scalars, i + tile.groups)
-            exchange = GroupExchange(s_partials, group, warp % tile.warps, lane, tile.warps, turn)
+            exchange = self.exchange(s_partials, arrived, group, warp % tile.warps, lane, rank, turn)
             passes = [RowReader(config, ring, state.clone(), row_tile, keep=k < 2) for k in range(3)]
             self.mix_gradient(
                 self.token(i), passes, exchange, parts, statistics, r_u, r_du, r_d_weight, s_weight, operands, scalars
@@ -87,8 +217,13 @@ class MixBwdKernel(RowKernel):
             state, turn = passes[-1].state, exchange.turn
         self.store_sum(group, rings, row_tile, r_du, operands.du)
         if const_expr(config.output_weight is not None):
-            self.sync_consumers()
             self.store_sum(group, rings, row_tile, r_d_weight, operands.d_output_weight)
+
+    def exchange(self, s_partials, arrived, group: Int32, warp: Int32, lane: Int32, rank: Int32, turn: Int32):
+        warps = self.tile.warps
+        if self.cluster == 1:
+            return GroupExchange(s_partials, group, warp, lane, warps, turn)
+        return ClusterExchange(s_partials, arrived, group, warp, lane, warps, rank, turn)
 
     def parts(self, lane: Int32) -> list[Part]:
         parts = []
@@ -139,9 +274,7 @@ class MixBwdKernel(RowKernel):
             ]
             d_mix = self.norm_gradient(last, s_part, mix, output_rstd, c, r_d_weight)
         g = [scalars.scale * (rstd_k * h_k) for rstd_k, h_k in zip(rstd, h, strict=True)]
-        pull = [
-            rstd_k * rstd_k * logit * h_k * one_over_d for rstd_k, logit, h_k in zip(rstd, logits, h, strict=True)
-        ]
+        pull = [rstd_k * rstd_k * logit * h_k * one_over_d for rstd_k, logit, h_k in zip(rstd, logits, h, strict=True)]
         self.store_gradients(token, last, parts, (p, g, pull), d_mix, r_u, r_du, operands)
 
     def products(self, rows: RowReader, parts: list[Part], exchange: GroupExchange, x: Vectors) -> list[Float32]:
@@ -210,11 +343,11 @@ class MixBwdKernel(RowKernel):
         return d_mix
 
     def store_gradients(self, token, rows: RowReader, parts, factors, d_mix: Vectors, r_u, r_du, operands) -> None:
-        row_tile, size = rows.part, self.config.hidden_size
+        row_tile = rows.part
         for part, i, r_row in one_ahead(rows, parts):
             source = part.sources[i]
             p, g, pull = (part.sums.spread_one([factor[part.index]], i) for factor in factors)
-            g_row = global_row(self.dtype, operands.d_sources[source], operands.d_strides[source], token, size)
+            g_row = global_row(self.dtype, operands.d_sources[source], operands.d_strides[source], token, self.columns)
             for v, vector in enumerate(d_mix):
                 row, gradient = unpack(r_row, v), []
                 for k in range(VECTOR):
@@ -228,21 +361,19 @@ class MixBwdKernel(RowKernel):
         pitch, rows, slots, groups = rings.s_rows.shape
         memory = cute.recast_ptr(rings.s_rows.iterator, dtype=Float32)
         s_sums = cute.make_tensor(memory, cute.make_layout((pitch, groups), stride=(1, pitch * rows * slots // 2)))
+        self.sync_consumers()  # other warps of the group may still read their parts of its last rows
         if group > 0:
             cute.autovec_copy(r_sum, row_tile.view(s_sums[None, group]))
         self.sync_consumers()
         if group == 0:
-            block, _, _ = cute.arch.block_idx()
-            g_row = global_row(Float32, address, self.config.hidden_size, block, self.config.hidden_size)
+            first_token, _ = self.turns()
+            g_row = global_row(Float32, address, self.config.hidden_size, first_token, self.columns)
             for v in cutlass.range_constexpr(row_tile.vectors):
                 total = [r_sum[k, v] for k in range(VECTOR)]
                 for other in range(1, groups):
                     more = load_vector(row_tile.view(s_sums[None, other]), v)
                     total = [a + b for a, b in zip(total, more, strict=True)]
                 row_tile.store_vector(pack(total, Float32), g_row, v)
-
-    def sync_consumers(self) -> None:
-        cute.arch.barrier(barrier_id=NamedBarrier.CTA, number_of_threads=self.tile.consumer_warps * LANES)
 
 
 def one_ahead(rows: RowReader, parts: list[Part]) -> Iterator[tuple[Part, int, cute.Tensor]]:
