@@ -311,6 +311,7 @@ class QueryGradConfig:
     key_weight: str | None
     d_query: str
     d_key_weight: str | None
+    d_output_weight: str | None = None  # of the partials' last row
     warps: ClassVar[int] = 8
 
     @property
@@ -323,9 +324,10 @@ def query_grad_config(
     key_weight: torch.dtype | None,
     d_query: torch.dtype,
     d_key_weight: torch.dtype | None,
+    d_output_weight: torch.dtype | None = None,
 ) -> QueryGradConfig:
     names = PARAMETER_DTYPES | {None: None}
-    return QueryGradConfig(names[query], names[key_weight], names[d_query], names[d_key_weight])
+    return QueryGradConfig(names[query], names[key_weight], names[d_query], names[d_key_weight], names[d_output_weight])
 
 
 def representative_configs() -> Iterator[tuple[str, Callable[[Any], Any], Any]]:
@@ -366,6 +368,7 @@ def representative_configs() -> Iterator[tuple[str, Callable[[Any], Any], Any]]:
     )
     for dtypes in (
         (bf16, bf16, bf16, bf16),
+        (fp32, bf16, fp32, bf16, fp16),
         (None, None, fp16, None),
         (fp32, bf16, fp32, bf16),
         (None, fp16, fp16, None),

@@ -43,8 +43,7 @@ class BackwardOperands(NamedTuple):
     lse: Any  # [T] fp32
     d_sources: list[Any]  # L of [T, D]
     d_strides: list[Any]  # elements from one token to the next
-    du: Any  # [CTAs, D] fp32
-    d_output_weight: Any  # [CTAs, D] fp32
+    sums: Any  # [clusters, 1 or 2, D] fp32: du, and the output weight's gradient, of a cluster's tokens
 
 
 @dataclass(frozen=True)
@@ -143,7 +142,7 @@ def mix_bwd_tile(hidden_size: int, num_sources: int, output_norm: bool) -> tuple
         tile, cluster = choice
         ahead = tile.slots * tile.rows >= LOOK_AHEAD * (num_sources + 1)
         warps = min(tile.consumer_warps, GOOD_CONSUMER_WARPS)
-        return ahead, -cluster, warps, -tile.pitch(hidden_size // cluster), tile.groups
+        return ahead, warps, -cluster, -tile.pitch(hidden_size // cluster) * cluster, tile.groups
 
     return max(choices, key=worth, default=None)
 

@@ -10,7 +10,7 @@ import torch
 from cute_kernels.compile import cached_kernel, compile_kernel
 from cute_kernels.config_mix_bwd import BackwardOperands, MixBwdConfig, mix_bwd_config
 from cute_kernels.mix_fwd import address, aligned, current_stream, dtype_of, sm_count
-from cute_kernels.query_grad import vector_grad
+from cute_kernels.query_grad import query_grad
 
 
 @cached_kernel
@@ -21,7 +21,7 @@ def build(config: MixBwdConfig) -> Any:
     from cute_kernels.device.mix_bwd import MixBwdKernel
 
     rows, gradients = [Int64(0)] * config.rows_per_token, [Int64(0)] * config.num_sources
-    operands = BackwardOperands(*[Int64(0)] * 6, gradients, gradients, *[Int64(0)] * 2)
+    operands = BackwardOperands(*[Int64(0)] * 6, gradients, gradients, Int64(0))
     numbers = (Int32(1), Float32(1.0), Float32(1.0), Int32(1))
     return compile_kernel(MixBwdKernel(config), rows, rows, operands, *numbers, make_fake_stream())
 
@@ -62,8 +62,8 @@ def mix_bwd(
         d_out.dtype, hidden_size, len(sources), query.dtype, dtype_of(key_weight), dtype_of(output_weight)
     )
     clusters = min(tokens, sm_count(d_out.device) // cluster)
-    norms = 1 if output_weight is None else 2
-    sums = torch.empty(norms, clusters, hidden_size, dtype=torch.float32, device=d_out.device)
+    rows_of_sums = 1 if output_weight is None else 2
+    sums = torch.empty(clusters, rows_of_sums, hidden_size, dtype=torch.float32, device=d_out.device)
     rows = [d_out, *sources]
     operands = BackwardOperands(
         query=query.data_ptr(),
@@ -74,8 +74,7 @@ def mix_bwd(
         lse=lse.data_ptr(),
         d_sources=[d_source.data_ptr() for d_source in d_sources],
         d_strides=[d_source.stride(0) for d_source in d_sources],
-        du=sums.data_ptr(),
-        d_output_weight=sums[-1].data_ptr(),
+        sums=sums.data_ptr(),
     )
     kernel(
         [row.data_ptr() for row in rows],
@@ -87,6 +86,11 @@ def mix_bwd(
         clusters * cluster,
         current_stream(d_out.device),
     )
-    vector_grad(sums[0], query, key_weight, d_query, d_key_weight)
-    if d_output_weight is not None:
-        vector_grad(sums[1], None, None, d_output_weight, None)
+    query_grad(
+        sums,
+        query.unsqueeze(0),
+        None if key_weight is None else key_weight.unsqueeze(0),
+        d_query.unsqueeze(0),
+        None if d_key_weight is None else d_key_weight.unsqueeze(0),
+        d_output_weight,
+    )

@@ -26,10 +26,12 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.memory import SmemAllocator
+from cutlass.pipeline import PipelineState
 
 from cute_kernels.config import PRODUCER_REGISTERS
 from cute_kernels.config_mix_bwd import BackwardOperands, MixBwdConfig
 from cute_kernels.device.mix import TYPES, RowKernel, RowReader, Scalars
+from cute_kernels.device.mma import ptx, store_cluster
 from cute_kernels.device.pipelines import (
     NamedBarrier,
     RowRings,
@@ -42,7 +44,6 @@ from cute_kernels.device.pipelines import (
 from cute_kernels.device.rows import (
     LANES,
     VECTOR,
-    ClusterExchange,
     GroupExchange,
     RowSums,
     RowTile,
@@ -67,6 +68,10 @@ class Part(NamedTuple):
     sources: range
     sums: RowSums
     source: Int32  # the one that this lane owns, or -1
+
+    def spread(self, numbers: list[Float32], i: int) -> Float32:
+        """The number of the part's source i, from its owner to every lane."""
+        return self.sums.spread_one([numbers[self.index]], i)
 
 
 class MixBwdKernel(RowKernel):
@@ -116,6 +121,7 @@ class MixBwdKernel(RowKernel):
             # (LANES * depth, warps of all CTAs, 2, groups)
             shape = (LANES * len(config.parts), config.exchange_warps, 2, tile.groups)
             s_partials = smem.allocate_tensor(Float32, cute.make_layout(shape), 16)
+        cute.arch.griddepcontrol_launch_dependents()  # query_grad may start as SMs fall free
         if const_expr(self.cluster > 1):
             arrived = smem.allocate_array(Int64, tile.groups * 2)  # [groups, 2] mbarriers of the exchange
         if const_expr(config.output_weight is not None):
@@ -181,9 +187,7 @@ class MixBwdKernel(RowKernel):
             query=shift(operands.query, config.query),
             key_weight=shift(operands.key_weight, config.key_weight),
             output_weight=shift(operands.output_weight, config.output_weight),
-            d_sources=[shift(address, config.dtype) for address in operands.d_sources],
-            du=shift(operands.du, "fp32"),
-            d_output_weight=shift(operands.d_output_weight, "fp32"),
+            sums=shift(operands.sums, "fp32"),
         )
 
     @cute.jit
@@ -200,24 +204,21 @@ class MixBwdKernel(RowKernel):
         r_du.fill(0.0)
         r_d_weight.fill(0.0)
         parts = self.parts(lane)
-        # A token ahead: their latency would otherwise sit between two passes.
         r_statistics = cute.make_rmem_tensor((2 * len(parts) + 1,), Float32)
         self.load_statistics(r_statistics, parts, operands, scalars, group)
         count = self.token_count(scalars)
         state = consumer_state(tile.slots)
         turn = Int32(0)
         for i in cutlass.range(group, count, tile.groups, unroll=1):
-            statistics = [r_statistics[k] for k in range(2 * len(parts) + 1)]
-            self.load_statistics(r_statistics, parts, operands, scalars, i + tile.groups)
             exchange = self.exchange(s_partials, arrived, group, warp % tile.warps, lane, rank, turn)
-            passes = [RowReader(config, ring, state.clone(), row_tile, keep=k < 2) for k in range(3)]
-            self.mix_gradient(
-                self.token(i), passes, exchange, parts, statistics, r_u, r_du, r_d_weight, s_weight, operands, scalars
+            first = RowReader(config, ring, state.clone(), row_tile, keep=True)
+            state = self.mix_gradient(
+                i, first, exchange, parts, r_statistics, r_u, r_du, r_d_weight, s_weight, operands, scalars
             )
-            state, turn = passes[-1].state, exchange.turn
-        self.store_sum(group, rings, row_tile, r_du, operands.du)
+            turn = exchange.turn
+        self.store_sum(group, rings, row_tile, r_du, operands.sums, 0)
         if const_expr(config.output_weight is not None):
-            self.store_sum(group, rings, row_tile, r_d_weight, operands.d_output_weight)
+            self.store_sum(group, rings, row_tile, r_d_weight, operands.sums, 1)
 
     def exchange(self, s_partials, arrived, group: Int32, warp: Int32, lane: Int32, rank: Int32, turn: Int32):
         warps = self.tile.warps
@@ -244,10 +245,14 @@ class MixBwdKernel(RowKernel):
         r_statistics[2 * len(parts)] = vector_fp32(operands.lse, tokens)[token]
 
     def mix_gradient(
-        self, token, passes, exchange, parts, statistics, r_u, r_du, r_d_weight, s_weight, operands, scalars
-    ) -> None:
-        """One token: dv_i to device memory; adds to du, and to the output weight's gradient."""
-        arriving, again, last = passes
+        self, turn: Int32, arriving, exchange, parts, r_statistics, r_u, r_du, r_d_weight, s_weight, operands, scalars
+    ) -> PipelineState:
+        """The group's token at `turn`: dv_i to device memory; adds to du, and to the output weight's gradient.
+
+        Returns where the next token begins in the ring.
+        """
+        start = arriving.state.clone()
+        statistics = [r_statistics[k] for k in range(2 * len(parts) + 1)]
         logits, rstd, lse = statistics[:-1:2], statistics[1::2], statistics[-1]
         # Scalars of sources are lists with a number for each part, in the lane that owns the source; zero in the others.
         p = [
@@ -257,14 +262,22 @@ class MixBwdKernel(RowKernel):
         one_over_d = Float32(1.0 / self.config.hidden_size)
         if s_weight is None:
             d_mix = unpack_row(arriving.next())
+            b = exchange.sum(self.products(arriving, parts, d_mix, exchange.lane))
+            last = another_pass(arriving, start, keep=False)
             last.skip()
-            b = self.products(arriving, parts, exchange, d_mix)
             (b_mean,) = weighted_means(p, b)
             h = [p_k * (b_k - b_mean) for p_k, b_k in zip(p, b, strict=True)]
         else:
             s_part = arriving.part.view(s_weight)
+            x = self.weighted_gradient(arriving, s_part)
+            mix = [[Float32(0.0)] * VECTOR for _ in x]
+            b = self.products(arriving, parts, x, exchange.lane, p, mix)
+            again = another_pass(arriving, start, keep=True)
             again.skip()
-            b, e, mix = self.norm_products(arriving, again, parts, exchange, p, s_part)
+            e = self.products(again, parts, mix, exchange.lane)
+            totals = exchange.sum([select(exchange.lane < LANES // 2, b_k, e_k) for b_k, e_k in zip(b, e, strict=True)])
+            pairs = [part.sums.pair(total, exchange.lane) for part, total in zip(parts, totals, strict=True)]
+            b, e = ([pair[k] for pair in pairs] for k in range(2))
             b_mean, e_mean = weighted_means(p, b, e)
             output_rstd = reciprocal_root(cute.arch.fmax(e_mean, 0.0) * one_over_d + scalars.output_eps)
             c = output_rstd * output_rstd * b_mean * one_over_d
@@ -272,64 +285,54 @@ class MixBwdKernel(RowKernel):
                 p_k * (output_rstd * ((b_k - b_mean) - c * (e_k - e_mean)))
                 for p_k, b_k, e_k in zip(p, b, e, strict=True)
             ]
+            last = another_pass(arriving, start, keep=False)
             d_mix = self.norm_gradient(last, s_part, mix, output_rstd, c, r_d_weight)
+        # Their sum is zero; what rounding leaves of it would add a multiple of m to du, and where the sources are nearly the same
+        # the rest of du is small beside m.
+        (rest,) = weighted_means([Float32(1.0)] * len(h), h)
+        h = [h_k - p_k * rest for p_k, h_k in zip(p, h, strict=True)]
         g = [scalars.scale * (rstd_k * h_k) for rstd_k, h_k in zip(rstd, h, strict=True)]
         pull = [rstd_k * rstd_k * logit * h_k * one_over_d for rstd_k, logit, h_k in zip(rstd, logits, h, strict=True)]
-        self.store_gradients(token, last, parts, (p, g, pull), d_mix, r_u, r_du, operands)
+        # Now, to be there for the next token; sooner they would take registers from the passes before.
+        self.load_statistics(r_statistics, parts, operands, scalars, turn + self.tile.groups)
+        self.store_gradients(self.token(turn), last, parts, (p, g, pull), d_mix, r_u, r_du, operands)
+        return last.state
 
-    def products(self, rows: RowReader, parts: list[Part], exchange: GroupExchange, x: Vectors) -> list[Float32]:
-        """<x, v_i>."""
-        even, odd, partials = [], [], []
+    def products(
+        self,
+        rows: RowReader,
+        parts: list[Part],
+        x: Vectors,
+        lane: Int32,
+        p: list[Float32] | None = None,
+        mix: Vectors | None = None,
+    ) -> list[Float32]:
+        """<x, v_i> over the warp's columns, in lanes l and l + 16; adds p_i v_i to `mix`."""
+        products, even, odd = [], [], []
         for part, i, r_row in one_ahead(rows, parts):
+            share = None if p is None else part.spread(p, i)
             # Two accumulators keep a lone warp's FMA pipe busy; as a pair they cost the reduction nothing more.
             sums = [Float32(0.0)] * 2
             for v, vector in enumerate(x):
                 row = unpack(r_row, v)
                 for k in range(VECTOR):
                     sums[k % 2] = sums[k % 2] + vector[k] * row[k]
+                    if share is not None:
+                        mix[v][k] = mix[v][k] + share * row[k]
             even.append(sums[0])
             odd.append(sums[1])
             if i == len(part.sources) - 1:
-                partials += part.sums.reduce(even, odd, exchange.lane)
+                (half,) = part.sums.reduce(even, odd, lane)
+                products.append(half + cute.arch.shuffle_sync_bfly(half, offset=16))
                 even, odd = [], []
-        totals = exchange.sum(partials)
-        pairs = [part.sums.pair(total, exchange.lane) for part, total in zip(parts, totals, strict=True)]
-        return [first + second for first, second in pairs]
+        return products
 
-    def norm_products(
-        self, arriving: RowReader, again: RowReader, parts: list[Part], exchange, p: list[Float32], s_part
-    ) -> tuple[list[Float32], list[Float32], Vectors]:
-        """<d_out * w_out, v_i>, <m, v_i>, m."""
-        r_d_out = arriving.next()
-        x, mix = [], []
-        for v in range(arriving.part.vectors):
-            weight = load_vector(s_part, v)
-            x.append([d * w for d, w in zip(unpack(r_d_out, v), weight, strict=True)])
-            mix.append([Float32(0.0)] * VECTOR)
-        products = []
-        for part, i, r_row in one_ahead(arriving, parts):
-            share = part.sums.spread_one([p[part.index]], i)
-            product = Float32(0.0)
-            for v, vector in enumerate(x):
-                row = unpack(r_row, v)
-                for k in range(VECTOR):
-                    product = product + vector[k] * row[k]
-                    mix[v][k] = mix[v][k] + share * row[k]
-            products.append(product)
-        squares, partials = [], []
-        for part, i, r_row in one_ahead(again, parts):
-            square = Float32(0.0)
-            for v, vector in enumerate(mix):
-                row = unpack(r_row, v)
-                for k in range(VECTOR):
-                    square = square + vector[k] * row[k]
-            squares.append(square)
-            if i == len(part.sources) - 1:
-                partials += part.sums.reduce(products[: i + 1], squares, exchange.lane)
-                products, squares = products[i + 1 :], []
-        totals = exchange.sum(partials)
-        pairs = [part.sums.pair(total, exchange.lane) for part, total in zip(parts, totals, strict=True)]
-        return [first for first, _ in pairs], [second for _, second in pairs], mix
+    def weighted_gradient(self, rows: RowReader, s_part) -> Vectors:
+        """d_out * w_out."""
+        r_d_out, x = rows.next(), []
+        for v in range(rows.part.vectors):
+            x.append([d * w for d, w in zip(unpack(r_d_out, v), load_vector(s_part, v), strict=True)])
+        return x
 
     def norm_gradient(self, last: RowReader, s_part, mix: Vectors, output_rstd, c, r_d_weight) -> Vectors:
         """dm; adds d_out * rstd_o m to the output weight's gradient."""
@@ -344,10 +347,12 @@ class MixBwdKernel(RowKernel):
 
     def store_gradients(self, token, rows: RowReader, parts, factors, d_mix: Vectors, r_u, r_du, operands) -> None:
         row_tile = rows.part
+        first = self.first_column()
         for part, i, r_row in one_ahead(rows, parts):
             source = part.sources[i]
-            p, g, pull = (part.sums.spread_one([factor[part.index]], i) for factor in factors)
-            g_row = global_row(self.dtype, operands.d_sources[source], operands.d_strides[source], token, self.columns)
+            p, g, pull = (part.spread(factor, i) for factor in factors)
+            address = operands.d_sources[source] + first
+            g_row = global_row(self.dtype, address, operands.d_strides[source], token, self.columns)
             for v, vector in enumerate(d_mix):
                 row, gradient = unpack(r_row, v), []
                 for k in range(VECTOR):
@@ -355,9 +360,26 @@ class MixBwdKernel(RowKernel):
                     r_du[k, v] = r_du[k, v] + g * row[k]
                 row_tile.store_vector(pack(gradient, self.dtype), g_row, v)
 
+    def first_column(self) -> Int64:
+        """Bytes from a row's start to this CTA's columns; volatile, because sums with all addresses would be kept, and spill."""
+        if self.cluster == 1:
+            return Int64(0)
+        row_bytes = self.columns * self.dtype.width // 8
+        return ptx(
+            f"{{.reg .b32 rank; mov.u32 rank,%cluster_ctarank; mul.wide.u32 $0,rank,{row_bytes};}}", [Int64], [], True
+        )[0]
+
     @cute.jit
-    def store_sum(self, group: Int32, rings: RowRings, row_tile: RowTile, r_sum: cute.Tensor, address: Int64):
-        """The groups' sums added up in order, by way of their rings, which are empty by now: one row [D] of partial sums a CTA."""
+    def store_sum(
+        self,
+        group: Int32,
+        rings: RowRings,
+        row_tile: RowTile,
+        r_sum: cute.Tensor,
+        address: Int64,
+        row: cutlass.Constexpr,
+    ):
+        """Adds the groups' sums up in order, by way of their rings, which are empty by now; they become a row of the cluster's."""
         pitch, rows, slots, groups = rings.s_rows.shape
         memory = cute.recast_ptr(rings.s_rows.iterator, dtype=Float32)
         s_sums = cute.make_tensor(memory, cute.make_layout((pitch, groups), stride=(1, pitch * rows * slots // 2)))
@@ -366,14 +388,80 @@ class MixBwdKernel(RowKernel):
             cute.autovec_copy(r_sum, row_tile.view(s_sums[None, group]))
         self.sync_consumers()
         if group == 0:
-            first_token, _ = self.turns()
-            g_row = global_row(Float32, address, self.config.hidden_size, first_token, self.columns)
+            cluster, _ = self.turns()
+            count = 1 if const_expr(self.config.output_weight is None) else 2
+            g_row = global_row(Float32, address, self.config.hidden_size, cluster * count + row, self.columns)
             for v in cutlass.range_constexpr(row_tile.vectors):
                 total = [r_sum[k, v] for k in range(VECTOR)]
                 for other in range(1, groups):
                     more = load_vector(row_tile.view(s_sums[None, other]), v)
                     total = [a + b for a, b in zip(total, more, strict=True)]
                 row_tile.store_vector(pack(total, Float32), g_row, v)
+
+
+class ClusterExchange:
+    """GroupExchange over the group's warps in every CTA of a cluster: each warp sends its values to each CTA, where an mbarrier
+    counts their bytes.
+
+    Two buffers in turn: a warp sends to buffer b again only after a wait for sums that its peers sent after their reads of b.
+    """
+
+    def __init__(
+        self,
+        s_partials: cute.Tensor,  # (LANES * depth, warps of all CTAs, 2 buffers, groups)
+        barriers: cute.Pointer,  # [groups, 2] mbarriers for one arrival
+        group: Int32,
+        warp: Int32,
+        lane: Int32,
+        warps: int,
+        rank: Int32,
+        turn: Int32,
+    ):
+        self.s_partials, self.barriers, self.group, self.warp, self.lane = s_partials, barriers, group, warp, lane
+        self.warps, self.rank, self.turn = warps, rank, turn
+
+    def sum(self, values: list[Float32]) -> list[Float32]:
+        """Each lane's values summed over the same lane of all warps of all CTAs."""
+        depth, senders, _, _ = self.s_partials.shape
+        s_buffer = self.s_partials[None, None, self.turn % 2, self.group]
+        barrier = self.barriers + (self.group * 2 + self.turn % 2)
+        phase = self.turn // 2 % 2
+        self.turn = self.turn + 1
+        expect_bytes(barrier, self.warp, senders * LANES * len(values) * 4)
+        sent = Int32(s_buffer.iterator.toint()) + ((self.rank * self.warps + self.warp) * depth + self.lane) * 4
+        for cta in range(senders // self.warps):
+            for k, value in enumerate(values):
+                store_cluster(sent + k * LANES * 4, Int32(barrier.toint()), Int32(cta), [value])
+        cute.arch.mbarrier_wait(barrier, phase)
+        lanes = [k * LANES + self.lane for k in range(len(values))]
+        return [sum_over_senders(s_buffer, lane, senders) for lane in lanes]
+
+
+@cute.jit
+def sum_over_senders(s_buffer: cute.Tensor, lane: Int32, senders: cutlass.Constexpr) -> Float32:
+    """A loop: all loads at once spilled."""
+    total = Float32(0.0)
+    for sender in cutlass.range(senders, unroll=4):
+        total = total + s_buffer[lane, sender]
+    return total
+
+
+@cute.jit
+def expect_bytes(barrier: cute.Pointer, warp: Int32, count: cutlass.Constexpr) -> None:
+    """By the group's first warp: the barrier's phase ends when that many bytes have arrived."""
+    if warp == 0:
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive_and_expect_tx(barrier, count)
+
+
+def another_pass(rows: RowReader, start: PipelineState, keep: bool) -> RowReader:
+    """Over the same token.
+
+    Where the compiler knows that positions are those of the pass before, it keeps the addresses of all slots for it, and spills.
+    """
+    index, phase = (ptx("mov.b32 $0,$1;", [Int32], [value], effects=True)[0] for value in (start.index, start.phase))
+    state = PipelineState(start.stages, start.count, index, phase)
+    return RowReader(rows.config, rows.ring, state, rows.part, keep)
 
 
 def one_ahead(rows: RowReader, parts: list[Part]) -> Iterator[tuple[Part, int, cute.Tensor]]:

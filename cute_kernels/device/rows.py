@@ -12,7 +12,6 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Boolean, Float32, Int32, Int64, Numeric, const_expr
 
-from cute_kernels.device.mma import store_cluster
 from cute_kernels.device.pipelines import NamedBarrier, global_row
 
 LANES = 32
@@ -200,61 +199,6 @@ class GroupExchange:
         cute.arch.barrier(barrier_id=NamedBarrier.GROUP + self.group, number_of_threads=self.warps * LANES)
         lanes = [k * LANES + self.lane for k in range(len(values))]
         return [tree(add, [s_buffer[lane, w] for w in range(self.warps)]) for lane in lanes]
-
-
-class ClusterExchange:
-    """GroupExchange over the group's warps in every CTA of a cluster: each warp sends its values to each CTA, where an mbarrier
-    counts their bytes.
-
-    Two buffers in turn: a warp sends to buffer b again only after a wait for sums that its peers sent after their reads of b.
-    """
-
-    def __init__(
-        self,
-        s_partials: cute.Tensor,  # (LANES * depth, warps of all CTAs, 2 buffers, groups)
-        barriers: cute.Pointer,  # [groups, 2] mbarriers for one arrival
-        group: Int32,
-        warp: Int32,
-        lane: Int32,
-        warps: int,
-        rank: Int32,
-        turn: Int32,
-    ):
-        self.s_partials, self.barriers, self.group, self.warp, self.lane = s_partials, barriers, group, warp, lane
-        self.warps, self.rank, self.turn = warps, rank, turn
-
-    def sum(self, values: list[Float32]) -> list[Float32]:
-        """Each lane's values summed over the same lane of all warps of all CTAs."""
-        depth, senders, _, _ = self.s_partials.shape
-        s_buffer = self.s_partials[None, None, self.turn % 2, self.group]
-        barrier = self.barriers + (self.group * 2 + self.turn % 2)
-        phase = self.turn // 2 % 2
-        self.turn = self.turn + 1
-        expect_bytes(barrier, self.warp, senders * LANES * len(values) * 4)
-        sent = Int32(s_buffer.iterator.toint()) + ((self.rank * self.warps + self.warp) * depth + self.lane) * 4
-        for cta in range(senders // self.warps):
-            for k, value in enumerate(values):
-                store_cluster(sent + k * LANES * 4, Int32(barrier.toint()), Int32(cta), [value])
-        cute.arch.mbarrier_wait(barrier, phase)
-        lanes = [k * LANES + self.lane for k in range(len(values))]
-        return [sum_over_senders(s_buffer, lane, senders) for lane in lanes]
-
-
-@cute.jit
-def sum_over_senders(s_buffer: cute.Tensor, lane: Int32, senders: cutlass.Constexpr) -> Float32:
-    """A loop: all loads at once spilled."""
-    total = Float32(0.0)
-    for sender in cutlass.range(senders, unroll=8):
-        total = total + s_buffer[lane, sender]
-    return total
-
-
-@cute.jit
-def expect_bytes(barrier: cute.Pointer, warp: Int32, count: cutlass.Constexpr) -> None:
-    """By the group's first warp: the barrier's phase ends when that many bytes have arrived."""
-    if warp == 0:
-        with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive_and_expect_tx(barrier, count)
 
 
 def reciprocal_root(x: Float32) -> Float32:
