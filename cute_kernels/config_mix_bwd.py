@@ -26,9 +26,10 @@ from cute_kernels.config import (
 
 MAX_WARPS = 16
 # Of a consumer thread with 1 to 4 vectors of each row, without and with output norm (tests compile the tightest tiles).
-REGISTERS = ((80, 112, 128, 176), (112, 160, 208, 255))
+REGISTERS = ((80, 112, 136, 176), (112, 160, 208, 255))
 LOOK_AHEAD = 1.3  # ring over rows of a token, where there is room
 CLUSTERS = (1, 2)
+MAX_CLUSTER_SOURCES = 24  # more spill
 MAX_PART = 16  # sources whose sums are reduced together: two numbers each fill a warp's lanes
 
 
@@ -128,7 +129,7 @@ def mix_bwd_tile(hidden_size: int, num_sources: int, output_norm: bool) -> tuple
     choices = []
     for cluster in CLUSTERS:
         columns = hidden_size // cluster
-        if hidden_size % (cluster * VECTOR):
+        if hidden_size % (cluster * VECTOR) or (cluster > 1 and num_sources > MAX_CLUSTER_SOURCES):
             continue
         for warps in range(1, MAX_WARPS + 1):
             for groups in range(1, min(MAX_WARPS // warps, MAX_GROUPS) + 1):

@@ -126,7 +126,6 @@ class MixBwdKernel(RowKernel):
             arrived = smem.allocate_array(Int64, tile.groups * 2)  # [groups, 2] mbarriers of the exchange
         if const_expr(config.output_weight is not None):
             s_weight = smem.allocate_tensor(Float32, cute.make_layout((config.pitch,)), 16)  # (pitch,)
-        rank = cute.arch.block_idx_in_cluster() if const_expr(self.cluster > 1) else Int32(0)
         if warp >= tile.consumer_warps:
             producer = warp - tile.consumer_warps
             rings.init_barriers(producer, tile.producer_warps, tid % LANES)
@@ -138,10 +137,11 @@ class MixBwdKernel(RowKernel):
                 cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
             with cute.arch.elect_one():
                 item = self.dtype.width // 8
-                addresses = [row + Int64(rank) * (self.columns * item) for row in rows]
+                addresses = [row + Int64(self.rank()) * (self.columns * item) for row in rows]
                 table.of(producer).fill(addresses, strides, item)
                 self.produce(producer, rings, table.of(producer), scalars)
         else:
+            rank = self.rank()
             own = self.own_columns(operands, rank)
             if const_expr(config.pitch > self.columns):
                 rings.clear_padding(tid, tile.consumer_warps * LANES)
@@ -156,6 +156,10 @@ class MixBwdKernel(RowKernel):
             self.consume(tid, warp, rank, rings, s_partials, arrived, s_weight, own, scalars)
         # No CTA may leave while another can still write to its shared memory.
         self.sync_cluster()
+
+    def rank(self) -> Int32:
+        """Of the CTA in its cluster. By each role for itself: a number kept across their branch was spilled."""
+        return cute.arch.block_idx_in_cluster() if self.cluster > 1 else Int32(0)
 
     def sync_cluster(self) -> None:
         if self.cluster > 1:
@@ -347,27 +351,20 @@ class MixBwdKernel(RowKernel):
 
     def store_gradients(self, token, rows: RowReader, parts, factors, d_mix: Vectors, r_u, r_du, operands) -> None:
         row_tile = rows.part
-        first = self.first_column()
+        first_column = self.rank() * self.columns
         for part, i, r_row in one_ahead(rows, parts):
             source = part.sources[i]
             p, g, pull = (part.spread(factor, i) for factor in factors)
-            address = operands.d_sources[source] + first
-            g_row = global_row(self.dtype, address, operands.d_strides[source], token, self.columns)
+            # Were they known to be the same for all rows, the addresses of all rows would be computed ahead, and spill.
+            row, column = opaque(token), opaque(first_column)
+            address = operands.d_sources[source] + Int64(column) * (self.dtype.width // 8)
+            g_row = global_row(self.dtype, address, operands.d_strides[source], row, self.columns)
             for v, vector in enumerate(d_mix):
-                row, gradient = unpack(r_row, v), []
+                source_row, gradient = unpack(r_row, v), []
                 for k in range(VECTOR):
-                    gradient.append(p * vector[k] + (g * r_u[k, v] - pull * row[k]))
-                    r_du[k, v] = r_du[k, v] + g * row[k]
+                    gradient.append(p * vector[k] + (g * r_u[k, v] - pull * source_row[k]))
+                    r_du[k, v] = r_du[k, v] + g * source_row[k]
                 row_tile.store_vector(pack(gradient, self.dtype), g_row, v)
-
-    def first_column(self) -> Int64:
-        """Bytes from a row's start to this CTA's columns; volatile, because sums with all addresses would be kept, and spill."""
-        if self.cluster == 1:
-            return Int64(0)
-        row_bytes = self.columns * self.dtype.width // 8
-        return ptx(
-            f"{{.reg .b32 rank; mov.u32 rank,%cluster_ctarank; mul.wide.u32 $0,rank,{row_bytes};}}", [Int64], [], True
-        )[0]
 
     @cute.jit
     def store_sum(
@@ -459,9 +456,13 @@ def another_pass(rows: RowReader, start: PipelineState, keep: bool) -> RowReader
 
     Where the compiler knows that positions are those of the pass before, it keeps the addresses of all slots for it, and spills.
     """
-    index, phase = (ptx("mov.b32 $0,$1;", [Int32], [value], effects=True)[0] for value in (start.index, start.phase))
-    state = PipelineState(start.stages, start.count, index, phase)
+    state = PipelineState(start.stages, start.count, opaque(start.index), opaque(start.phase))
     return RowReader(rows.config, rows.ring, state, rows.part, keep)
+
+
+def opaque(value: Int32) -> Int32:
+    """The value, as one the compiler knows nothing of."""
+    return ptx("mov.b32 $0,$1;", [Int32], [value], effects=True)[0]
 
 
 def one_ahead(rows: RowReader, parts: list[Part]) -> Iterator[tuple[Part, int, cute.Tensor]]:
