@@ -28,6 +28,7 @@ from cute_kernels.device.pipelines import (
     await_barriers,
     consumer_state,
     global_row,
+    join_consumers,
     producer_state,
     publish_barriers,
 )
@@ -125,6 +126,8 @@ class RowKernel:
                 rings.clear_padding(tid, tile.consumer_warps * LANES)
             if const_expr(config.output_weight is not None):
                 self.stage_weight(tid, s_weight, operands)
+            if const_expr(config.pitch > config.hidden_size or config.output_weight is not None):
+                join_consumers(tile.consumer_warps * LANES)
             await_barriers(config.threads)
             if const_expr(tile.consumer_registers > 0):
                 cute.arch.setmaxregister_increase(tile.consumer_registers)

@@ -32,7 +32,8 @@ class NamedBarrier(enum.IntEnum):
 
     CTA = 0
     START = 1
-    GROUP = 2
+    CONSUMERS = 2
+    GROUP = 3
 
 
 def global_row(dtype: type[Numeric], address: Int64, stride: Int64 | int, row: Int32, elements: int) -> cute.Tensor:
@@ -170,7 +171,7 @@ class RowRings:
                 cute.arch.mbarrier_init(full + slots, self.consumer_warps)
 
     def clear_padding(self, thread: Int32, threads: int) -> None:
-        """By all consumers, before `await_barriers`: zeros between a row's end and the next row, where no copy ever writes."""
+        """By all consumers, before `join_consumers`: zeros between a row's end and the next row, where no copy ever writes."""
         pitch, rows, slots, groups = self.s_rows.shape
         padding = pitch - self.elements
         words = padding * rows * slots * groups // 8
@@ -203,5 +204,13 @@ def publish_barriers(threads: int) -> None:
 
 
 def await_barriers(threads: int) -> None:
-    """By every consumer thread, before its first use of a ring and after what consumers prepare for each other."""
+    """By every consumer thread, before its first use of a ring."""
     cute.arch.barrier(barrier_id=NamedBarrier.START, number_of_threads=threads)
+
+
+def join_consumers(threads: int) -> None:
+    """By every consumer thread, after what consumers prepare for each other in shared memory.
+
+    Not left to `await_barriers`: where some warps only arrive at a barrier, racecheck does not take it as ordering the others.
+    """
+    cute.arch.barrier(barrier_id=NamedBarrier.CONSUMERS, number_of_threads=threads)
