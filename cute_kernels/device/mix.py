@@ -28,7 +28,6 @@ from cute_kernels.device.pipelines import (
     await_barriers,
     consumer_state,
     global_row,
-    join_consumers,
     producer_state,
     publish_barriers,
 )
@@ -114,7 +113,8 @@ class RowKernel:
             s_weight = smem.allocate_tensor(Float32, cute.make_layout((config.pitch,)), 16)
         if warp >= tile.consumer_warps:
             producer = warp - tile.consumer_warps
-            rings.init_barriers(producer, tile.producer_warps, tid % LANES)
+            with cute.arch.elect_one():
+                rings.init_barriers(producer, tile.producer_warps)
             publish_barriers(config.threads)
             if const_expr(tile.consumer_registers > 0):
                 cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
@@ -126,8 +126,6 @@ class RowKernel:
                 rings.clear_padding(tid, tile.consumer_warps * LANES)
             if const_expr(config.output_weight is not None):
                 self.stage_weight(tid, s_weight, operands)
-            if const_expr(config.pitch > config.hidden_size or config.output_weight is not None):
-                join_consumers(tile.consumer_warps * LANES)
             await_barriers(config.threads)
             if const_expr(tile.consumer_registers > 0):
                 cute.arch.setmaxregister_increase(tile.consumer_registers)

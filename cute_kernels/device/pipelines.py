@@ -32,8 +32,7 @@ class NamedBarrier(enum.IntEnum):
 
     CTA = 0
     START = 1
-    CONSUMERS = 2
-    GROUP = 3
+    GROUP = 2
 
 
 def global_row(dtype: type[Numeric], address: Int64, stride: Int64 | int, row: Int32, elements: int) -> cute.Tensor:
@@ -160,18 +159,23 @@ class RowRings:
         return RowRing(self.s_rows[None, None, None, group], full, full + slots, self.elements)
 
     @cute.jit
-    def init_barriers(self, producer: Int32, producers: cutlass.Constexpr, lane: Int32) -> None:
-        """By a producer warp: the barriers of groups producer, producer + producers, ...; then `publish_barriers`."""
+    def init_barriers(self, producer: Int32, producers: cutlass.Constexpr) -> None:
+        """By the thread that will fill groups producer, producer + producers, ...: their barriers; then `publish_barriers`.
+
+        One thread: racecheck does not see the warp's synchronisation between lanes that share the work and the lane that
+        uses the barriers.
+        """
         _, _, slots, groups = self.s_rows.shape
         # Unrolled: with a loop here, the consumers' code spilled.
         for group in cutlass.range_constexpr(groups):
-            if (producer == group % producers) & (lane < slots):
-                full = self.barriers + (group * (2 * slots) + lane)
-                cute.arch.mbarrier_init(full, 1)
-                cute.arch.mbarrier_init(full + slots, self.consumer_warps)
+            if producer == group % producers:
+                full = self.barriers + group * (2 * slots)
+                for slot in cutlass.range_constexpr(slots):
+                    cute.arch.mbarrier_init(full + slot, 1)
+                    cute.arch.mbarrier_init(full + slots + slot, self.consumer_warps)
 
     def clear_padding(self, thread: Int32, threads: int) -> None:
-        """By all consumers, before `join_consumers`: zeros between a row's end and the next row, where no copy ever writes."""
+        """By all consumers, before `await_barriers`: zeros between a row's end and the next row, where no copy ever writes."""
         pitch, rows, slots, groups = self.s_rows.shape
         padding = pitch - self.elements
         words = padding * rows * slots * groups // 8
@@ -204,13 +208,5 @@ def publish_barriers(threads: int) -> None:
 
 
 def await_barriers(threads: int) -> None:
-    """By every consumer thread, before its first use of a ring."""
+    """By every consumer thread, before its first use of a ring and after what consumers prepare for each other."""
     cute.arch.barrier(barrier_id=NamedBarrier.START, number_of_threads=threads)
-
-
-def join_consumers(threads: int) -> None:
-    """By every consumer thread, after what consumers prepare for each other in shared memory.
-
-    Not left to `await_barriers`: where some warps only arrive at a barrier, racecheck does not take it as ordering the others.
-    """
-    cute.arch.barrier(barrier_id=NamedBarrier.CONSUMERS, number_of_threads=threads)
