@@ -79,7 +79,9 @@ def _source_risk(index: int, source: Tensor) -> SourceRisk:
     )
 
 
-def _verdict(overflow: int, values: int, largest: float, bf16: float, fp16: float, scaled_fp16: float) -> tuple[str, str]:
+def _verdict(
+    overflow: int, values: int, largest: float, bf16: float, fp16: float, scaled_fp16: float
+) -> tuple[str, str]:
     if overflow:
         return "at risk", (
             f"Overflows fp16: {overflow} of {values} values do not fit, the largest is {largest:.3g}. Store it as bf16, or as "

@@ -11,12 +11,13 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import astuple
 
 import matplotlib
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from attnres.numerics import Quantiles
 from attnres.report import BACKENDS, Pair, Row
@@ -33,14 +34,14 @@ _CSS = {
 # marker and size; smaller ones are drawn later, so that equal results show as one mark inside the other
 _MARKER = {"torch": ("o", 7.0), "triton": ("s", 4.5), "cute": ("D", 2.5)}
 _DASHES = {"bf16": "-", "fp16": "--", "fp32": ":", "bf16/fp32": "-."}
-_WIDTH = 4.7  # inches: 338 points, about the width of a phone
+_WIDTH = 4.2  # inches: 302 points, so that text on a phone is a little larger than its size in points
 
 
 def error_against_floor(op: str, rows: Sequence[Row]) -> Markup:
     """Every judged tensor of an operation: error over rounding floor."""
     shown = [row for row in rows if row.error and row.floor and math.isfinite(row.error)]
-    with _figure(3.6) as figure:
-        axes = figure.add_axes((0.13, 0.12, 0.85, 0.77))
+    with _figure(3.3) as figure:
+        axes = figure.add_axes((0.15, 0.13, 0.83, 0.76))
         for backend in _backends(shown):
             marker, size = _MARKER[backend]
             mine = [row for row in shown if row.backend == backend]
@@ -104,14 +105,14 @@ def budget_used(name: str, rows: Sequence[Row], lane: Callable[[Row], str], lane
 def error_against_depth(op: str, rows: Sequence[Row]) -> Markup:
     """Error of the output, and the largest of the gradients, against the number of sources; floors in grey."""
     directions = [name for name in ("forward", "gradient") if any(row.direction == name for row in rows)]
-    with _figure(0.9 + 1.75 * len(directions)) as figure:
+    with _figure(0.9 + 1.6 * len(directions)) as figure:
         height = 0.84 / len(directions)
         for place, direction in enumerate(directions):
             bottom = 0.1 + (len(directions) - 1 - place) * height
-            axes = figure.add_axes((0.13, bottom + 0.02, 0.85, height - 0.08))
+            axes = figure.add_axes((0.15, bottom + 0.03, 0.83, height - 0.09))
             _depth_lines(axes, [row for row in rows if row.direction == direction])
             title = "out" if direction == "forward" else "largest gradient error"
-            axes.set_title(title, fontsize=8, color=_INK, loc="left", pad=3)
+            axes.set_title(title, fontsize=8.5, color=_INK, loc="left", pad=3)
             last = place == len(directions) - 1
             _labels(axes, "number of sources" if last else "", "error")
             if place == 0:
@@ -135,14 +136,19 @@ def error_distribution(op: str, rows: Sequence[Row]) -> Markup:
     with _figure(1.1 + len(tensors) * (0.14 + 0.1 * len(backends))) as figure:
         axes = _lanes(figure, tensors)
         for row in rows:
-            assert row.row_errors is not None and row.row_floors is not None
+            assert row.row_errors is not None
+            assert row.row_floors is not None
             lane = tensors.index(row.tensor) - 0.4 + step / 2
             if row.backend == backends[0]:
                 _spread(axes, lane, row.row_floors, _FAINT, "|", "floor")
             place = lane + step * (1 + backends.index(row.backend))
             _spread(axes, place, row.row_errors, _COLOUR[row.backend], _MARKER[row.backend][0], row.backend)
-        _logarithmic(axes, "x")
-        _labels(axes, "error of a row / RMS of the row: 10 % to 90 %, median, 99 %, largest", "")
+        axes.set_xlim(left=0.0)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_formatter(
+            FuncFormatter(lambda value, _: f"{value:.1e}".replace("e-0", "e-") if value else "0")
+        )
+        _labels(axes, "error of a row in units of the row's RMS", "")
         _legend(figure, axes)
         dtype = rows[0].dtype
         found = ", ".join(
@@ -157,14 +163,16 @@ def backend_against_backend(pairs: Sequence[Pair]) -> Markup:
     """Both errors of every comparison."""
     names = _in_order((pair.first, pair.second) for pair in pairs)
     shown = [pair for pair in pairs if 0 < pair.error_first < math.inf and 0 < pair.error_second < math.inf]
-    with _figure(3.6) as figure:
-        axes = figure.add_axes((0.13, 0.12, 0.85, 0.77))
+    with _figure(3.3) as figure:
+        axes = figure.add_axes((0.15, 0.13, 0.83, 0.76))
         for backends, colour, marker, size in zip(names, _COLOUR.values(), "osD", (7.0, 4.5, 2.5), strict=False):
             mine = [pair for pair in shown if (pair.first, pair.second) == backends]
             points = ([pair.error_first for pair in mine], [pair.error_second for pair in mine])
             face = colour if size < 3 else "none"
             label = f"{backends[0]}, {backends[1]}"
-            axes.plot(*points, marker, markersize=size, markerfacecolor=face, color=colour, markeredgewidth=0.9, label=label)
+            axes.plot(
+                *points, marker, markersize=size, markerfacecolor=face, color=colour, markeredgewidth=0.9, label=label
+            )
         worse = [pair for pair in shown if pair.verdict == "worse"]
         if worse:
             points = ([pair.error_first for pair in worse], [pair.error_second for pair in worse])
@@ -175,13 +183,13 @@ def backend_against_backend(pairs: Sequence[Pair]) -> Markup:
         _labels(axes, "error of the first backend", "error of the second")
         _legend(figure, axes)
         compared = ", ".join(f"{first} with {second}" for first, second in names)
-        alt = f"Errors of two backends on the same inputs, {len(shown)} comparisons of {compared}; {len(worse)} where CuTe is worse."
+        alt = f"Errors of two backends on the same inputs, {len(shown)} comparisons of {compared}; CuTe worse in {len(worse)}."
         return _svg(figure, "pairs", alt)
 
 
 @contextmanager
 def _figure(height: float) -> Iterator[Figure]:
-    style = {"svg.fonttype": "none", "svg.hashsalt": "attnres", "font.family": "DejaVu Sans", "font.size": 8.0}
+    style = {"svg.fonttype": "none", "svg.hashsalt": "attnres", "font.family": "DejaVu Sans", "font.size": 8.5}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(_WIDTH, height))
         figure.patch.set_visible(False)
@@ -191,7 +199,7 @@ def _figure(height: float) -> Iterator[Figure]:
 def _lanes(figure: Figure, names: Sequence[str]) -> Axes:
     """Axes with one named lane a line, the first on top; the space around them does not grow with their number."""
     height = figure.get_figheight()
-    left = min(0.4, 0.04 + 0.0135 * max(map(len, names), default=0))
+    left = min(0.42, 0.04 + 0.0168 * max(map(len, names), default=0))
     axes = figure.add_axes((left, 0.42 / height, 0.98 - left, 1 - 0.75 / height))
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
@@ -220,17 +228,20 @@ def _depth_lines(axes: Axes, rows: Sequence[Row]) -> None:
             axes.plot(depths, errors, _DASHES[dtype], marker=marker, color=_COLOUR[backend], label=label, **style)
             if backend == backends[-1] and line:
                 # at the end of its line, so that no legend of dashes is needed
-                axes.annotate(dtype, (depths[-1], errors[-1] or 1.0), (4, 0), textcoords="offset points", va="center", fontsize=7)
+                axes.annotate(
+                    dtype, (depths[-1], errors[-1] or 1.0), (4, 0), textcoords="offset points", va="center", fontsize=7
+                )
     axes.margins(x=0.03)
-    axes.set_xlim(right=axes.get_xlim()[1] * 1.16)
+    axes.set_xlim(right=axes.get_xlim()[1] * 1.18)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _logarithmic(axes, "y")
 
 
 def _spread(axes: Axes, lane: float, found: Quantiles, colour: str, marker: str, label: str) -> None:
-    low = max(found.p10, 1e-12)
-    axes.plot([low, max(found.p90, low)], [lane, lane], color=colour, linewidth=2.2, solid_capstyle="butt")
-    axes.plot([max(found.p50, low)], [lane], marker, markersize=4, color=colour, label=label)
-    axes.plot([found.p99, found.max], [lane, lane], "|", markersize=5, color=colour)
+    p10, p50, p90, p99, largest = astuple(found)
+    axes.plot([p10, p90], [lane, lane], color=colour, linewidth=2.2, solid_capstyle="butt")
+    axes.plot([p50], [lane], marker, markersize=4, color=colour, label=label)
+    axes.plot([p99, largest], [lane, lane], "|", markersize=5, color=colour)
 
 
 def _logarithmic(axes: Axes, *which: str) -> None:
@@ -257,8 +268,8 @@ def _legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
     figure.legend(
-        unique.values(), unique.keys(), loc="upper center", ncols=5, frameon=False, labelcolor=_INK, handlelength=1.2,
-        columnspacing=1.2, handletextpad=0.5, borderaxespad=0.1,
+        unique.values(), unique.keys(), loc="upper center", ncols=5, frameon=False, labelcolor=_INK, handlelength=1.1,
+        columnspacing=1.0, handletextpad=0.4, borderaxespad=0.1,
     )  # fmt: skip
 
 

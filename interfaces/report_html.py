@@ -8,7 +8,7 @@ from typing import Any
 
 import jinja2
 
-from attnres import inputs, report_figures, report_lines
+from attnres import inputs, oracle, report_figures, report_lines
 from attnres.report import BACKENDS, Report, Row
 from attnres.report_lines import describe, number, ratio, worst
 
@@ -22,7 +22,12 @@ def to_html(report: Report) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"number": number, "ratio": ratio, "count": report_lines.instructions, "share": report_lines.share}
+    environment.filters |= {
+        "number": number,
+        "ratio": ratio,
+        "count": report_lines.instructions,
+        "share": report_lines.share,
+    }
     judged = [row for row in report.rows if row.used is not None]
     pairs = report_lines.largest_difference_of_each_tensor(report.pairs)
     return environment.get_template("report.html.j2").render(
@@ -79,7 +84,8 @@ def _operation(op: str, rows: list[Row]) -> dict[str, Any]:
     deep = _depth_rows(measured)
     spread = _distribution_rows(measured)
     tensors = list(dict.fromkeys(row.tensor for row in measured))
-    drawn = [row for row in spread if row.dtype == spread[0].dtype]
+    # log-sum-exp and weights are float32: beside 16-bit tensors they would all be zero
+    drawn = [row for row in spread if row.dtype == spread[0].dtype and row.tensor not in oracle.STATISTICS]
     return {
         "name": op,
         "rows": rows,

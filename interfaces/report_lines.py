@@ -15,7 +15,7 @@ Item = TypeVar("Item", Row, Pair)
 def headline(report: Report) -> str:
     """The verdict in one sentence."""
     if not report.ok:
-        return f"{len(report.broken)} broken of {counts(report)}."
+        return f"{len(report.broken)} broken."
     if report.rows:
         return "Every result is within its error budget."
     return "No kernel spills." if report.kernels else "Nothing was run."
@@ -102,7 +102,19 @@ def risk_cells(risk: SourceRisk) -> list[str]:
     return [str(risk.source), number(risk.rms), number(risk.largest), *shares, *errors, risk.level, risk.verdict]
 
 
-RISK_COLUMNS = ("source", "RMS", "largest", "overflow", "subnormal", "flushed", "bf16", "fp16", "scaled fp16", "level", "verdict")
+RISK_COLUMNS = (
+    "source",
+    "RMS",
+    "largest",
+    "overflow",
+    "subnormal",
+    "flushed",
+    "bf16",
+    "fp16",
+    "scaled fp16",
+    "level",
+    "verdict",
+)
 
 
 def _most(items: Iterable[Item], key: Callable[[Item], Hashable], size: Callable[[Item], float]) -> list[Item]:

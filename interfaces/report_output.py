@@ -50,6 +50,7 @@ def to_markdown(report: Report) -> str:
     return environment.get_template("report.md.j2").render(
         report=report,
         headline=report_lines.headline(report),
+        counts=report_lines.counts(report),
         broken=[describe(item) for item in report.broken],
         risk_columns=report_lines.RISK_COLUMNS,
         risks=[report_lines.risk_cells(risk) for risk in report.precision_at_risk],
