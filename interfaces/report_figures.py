@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple
+from typing import Any, TypeVar
 
 import matplotlib
 from markupsafe import Markup
@@ -22,6 +23,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from attnres.numerics import Quantiles
 from attnres.report import BACKENDS, Pair, Row
 from attnres.report_lines import number, ratio, worst
+
+Value = TypeVar("Value")
 
 _INK, _FAINT, _BROKEN = "#010101", "#020202", "#030303"
 _COLOUR = {"torch": "#0a0101", "triton": "#0a0202", "cute": "#0a0303"}
@@ -46,8 +49,7 @@ def error_against_floor(op: str, rows: Sequence[Row]) -> Markup:
             marker, size = _MARKER[backend]
             mine = [row for row in shown if row.backend == backend]
             axes.plot(
-                [row.floor for row in mine],
-                [row.error for row in mine],
+                *_floors_and_errors(mine),
                 marker,
                 markersize=size,
                 markerfacecolor="none" if backend != "cute" else _COLOUR[backend],
@@ -57,8 +59,9 @@ def error_against_floor(op: str, rows: Sequence[Row]) -> Markup:
             )
         broken = [row for row in shown if row.verdict == "broken"]
         if broken:
-            points = ([row.floor for row in broken], [row.error for row in broken])
-            axes.plot(*points, "o", markersize=12, markerfacecolor="none", color=_BROKEN, label="broken")
+            axes.plot(
+                *_floors_and_errors(broken), "o", markersize=12, markerfacecolor="none", color=_BROKEN, label="broken"
+            )
         _logarithmic(axes, "x", "y")
         low = min([row.floor or 0.0 for row in shown], default=1e-8)
         high = max([row.floor or 0.0 for row in shown], default=1e-2)
@@ -189,7 +192,7 @@ def backend_against_backend(pairs: Sequence[Pair]) -> Markup:
 
 @contextmanager
 def _figure(height: float) -> Iterator[Figure]:
-    style = {"svg.fonttype": "none", "svg.hashsalt": "attnres", "font.family": "DejaVu Sans", "font.size": 8.5}
+    style: Any = {"svg.fonttype": "none", "svg.hashsalt": "attnres", "font.family": "DejaVu Sans", "font.size": 8.5}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(_WIDTH, height))
         figure.patch.set_visible(False)
@@ -218,18 +221,23 @@ def _depth_lines(axes: Axes, rows: Sequence[Row]) -> None:
                     known = largest.get(row.sources)
                     largest[row.sources] = row if known is None or row.error > (known.error or 0.0) else known
             line = [largest[depth] for depth in sorted(largest)]
-            depths, errors = [row.sources for row in line], [row.error for row in line]
+            depths, errors = [row.sources for row in line], [row.error or math.nan for row in line]
             marker, size = _MARKER[backend]
             if backend == backends[0]:
                 axes.plot(depths, [row.floor or math.nan for row in line], _DASHES[dtype], color=_FAINT, linewidth=2.5)
             label = backend if dtype == rows[0].dtype else None
             face = _COLOUR[backend] if backend == "cute" else "none"
-            style = {"markersize": 0.8 * size, "markerfacecolor": face, "markeredgewidth": 0.9, "linewidth": 0.8}
+            style: dict[str, Any] = {
+                "markersize": 0.8 * size,
+                "markerfacecolor": face,
+                "markeredgewidth": 0.9,
+                "linewidth": 0.8,
+            }
             axes.plot(depths, errors, _DASHES[dtype], marker=marker, color=_COLOUR[backend], label=label, **style)
             if backend == backends[-1] and line:
                 # at the end of its line, so that no legend of dashes is needed
                 axes.annotate(
-                    dtype, (depths[-1], errors[-1] or 1.0), (4, 0), textcoords="offset points", va="center", fontsize=7
+                    dtype, (depths[-1], errors[-1]), (4, 0), textcoords="offset points", va="center", fontsize=7
                 )
     axes.margins(x=0.03)
     axes.set_xlim(right=axes.get_xlim()[1] * 1.18)
@@ -299,10 +307,14 @@ def _backends(rows: Iterable[Row]) -> list[str]:
     return [name for name in BACKENDS if name in found]
 
 
+def _floors_and_errors(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
+    return [row.floor or math.nan for row in rows], [row.error or math.nan for row in rows]
+
+
 def _largest_ratio(rows: Iterable[Row], backend: str) -> float:
     found = [row.ratio for row in rows if row.backend == backend and row.tensor == "out" and row.dtype != "fp32"]
     return max((value for value in found if value is not None), default=0.0)
 
 
-def _in_order(values: Iterable) -> list:  # type: ignore[type-arg]
+def _in_order(values: Iterable[Value]) -> list[Value]:
     return list(dict.fromkeys(values))
