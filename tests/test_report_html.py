@@ -158,7 +158,13 @@ def test_the_tables_have_the_numbers_of_the_json(found: report.Report, page: Pag
             cells = dict(zip(header, line, strict=True))
             for column in ("tensor", "direction", "backend", "dtype", "shape"):
                 assert cells[column] == row[column]
-            for column, name in (("error", "error"), ("floor", "floor"), ("largest", "largest"), ("used", "used")):
+            for column, name in (
+                ("error", "error"),
+                ("floor", "floor"),
+                ("largest", "largest"),
+                ("used", "used"),
+                ("budget", "budget"),
+            ):
                 assert same(cells[column], row[name])
             assert same(cells["error / floor"], row["ratio"])
             assert cells["verdict"].startswith(row["verdict"])
