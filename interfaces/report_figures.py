@@ -22,7 +22,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from attnres.numerics import Quantiles
 from attnres.report import BACKENDS, Pair, Row
-from attnres.report_lines import number, ratio, worst
+from attnres.report_lines import errors_by_depth, number, ratio, worst
 
 Value = TypeVar("Value")
 
@@ -108,11 +108,12 @@ def budget_used(name: str, rows: Sequence[Row], lane: Callable[[Row], str], lane
 def error_against_depth(op: str, rows: Sequence[Row]) -> Markup:
     """Error of the output, and the largest of the gradients, against the number of sources; floors in grey."""
     directions = [name for name in ("forward", "gradient") if any(row.direction == name for row in rows)]
-    with _figure(0.9 + 1.6 * len(directions)) as figure:
-        height = 0.84 / len(directions)
+    pitch, below = 1.65, 0.42  # inches
+    with _figure(0.7 + pitch * len(directions)) as figure:
+        height = figure.get_figheight()
         for place, direction in enumerate(directions):
-            bottom = 0.1 + (len(directions) - 1 - place) * height
-            axes = figure.add_axes((0.15, bottom, 0.83, height - 0.1))
+            bottom = below + (len(directions) - 1 - place) * pitch
+            axes = figure.add_axes((0.15, bottom / height, 0.83, 1.28 / height))
             _depth_lines(axes, [row for row in rows if row.direction == direction])
             title = "out" if direction == "forward" else "largest gradient error"
             axes.set_title(title, fontsize=8.5, color=_INK, loc="left", pad=3)
@@ -212,34 +213,23 @@ def _lanes(figure: Figure, names: Sequence[str]) -> Axes:
 
 
 def _depth_lines(axes: Axes, rows: Sequence[Row]) -> None:
-    backends, dtypes = _backends(rows), _in_order(row.dtype for row in rows)
+    by_backend = {(dtype, backend): line for (_, backend, dtype), line in errors_by_depth(rows).items()}
+    dtypes = _in_order(row.dtype for row in rows)
     # queries of another dtype change nothing that could be seen here
     for dtype in [dtype for dtype in dtypes if dtype.split("/")[0] == dtype or dtype.split("/")[0] not in dtypes]:
-        for backend in backends:
-            largest: dict[int, Row] = {}
-            for row in rows:
-                if (row.dtype, row.backend) == (dtype, backend) and row.error:
-                    known = largest.get(row.sources)
-                    largest[row.sources] = row if known is None or row.error > (known.error or 0.0) else known
-            line = [largest[depth] for depth in sorted(largest)]
-            depths, errors = [row.sources for row in line], [row.error or math.nan for row in line]
+        lines = {backend: by_backend[dtype, backend] for backend in _backends(rows) if (dtype, backend) in by_backend}
+        for backend, line in lines.items():
+            depths = sorted(line)
+            floors, errors = _floors_and_errors([line[depth] for depth in depths])
             marker, size = _MARKER[backend]
-            if backend == backends[0]:
-                axes.plot(depths, [row.floor or math.nan for row in line], _DASHES[dtype], color=_FAINT, linewidth=2.5)
-            label = backend if dtype == rows[0].dtype else None
+            if backend == next(iter(lines)):
+                axes.plot(depths, floors, _DASHES[dtype], color=_FAINT, linewidth=4)
+                # at the end of the line, so that no legend of dashes is needed
+                place = (depths[-1], errors[-1])
+                axes.annotate(dtype, place, (4, 0), textcoords="offset points", va="center", fontsize=7)
             face = _COLOUR[backend] if backend == "cute" else "none"
-            style: dict[str, Any] = {
-                "markersize": 0.8 * size,
-                "markerfacecolor": face,
-                "markeredgewidth": 0.9,
-                "linewidth": 0.8,
-            }
-            axes.plot(depths, errors, _DASHES[dtype], marker=marker, color=_COLOUR[backend], label=label, **style)
-            if backend == backends[-1] and line:
-                # at the end of its line, so that no legend of dashes is needed
-                axes.annotate(
-                    dtype, (depths[-1], errors[-1]), (4, 0), textcoords="offset points", va="center", fontsize=7
-                )
+            style: Any = {"markersize": 0.8 * size, "markerfacecolor": face, "markeredgewidth": 0.9, "linewidth": 0.8}
+            axes.plot(depths, errors, _DASHES[dtype], marker=marker, color=_COLOUR[backend], label=backend, **style)
     axes.margins(x=0.03)
     axes.set_xlim(right=axes.get_xlim()[1] * 1.18)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

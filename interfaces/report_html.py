@@ -90,7 +90,7 @@ def _operation(op: str, rows: list[Row]) -> dict[str, Any]:
         "name": op,
         "rows": rows,
         "worst": report_lines.worst_of_each_tensor(rows),
-        "depth": _depth_table(deep),
+        "depth": report_lines.errors_by_depth(deep),
         "depths": sorted({row.sources for row in deep}),
         "depth_kind": deep[0].kind if deep else "",
         "distribution": spread,
@@ -110,17 +110,6 @@ def _depth_rows(rows: Sequence[Row]) -> list[Row]:
     """The outputs and gradients of one kind of input, so that depths differ in nothing else but their shapes."""
     kind = "normal" if any(row.kind == "normal" for row in rows) else "captured"
     return [row for row in rows if row.kind == kind and (row.tensor == "out" or row.direction == "gradient")]
-
-
-def _depth_table(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The largest error for each direction, backend and dtype (a line) and number of sources (a column)."""
-    depths = sorted({row.sources for row in rows})
-    lines: dict[tuple[str, str, str], dict[int, Row]] = {}
-    for row in rows:
-        line = lines.setdefault((row.direction, row.backend, row.dtype), {})
-        if row.sources not in line or (row.error or 0.0) > (line[row.sources].error or 0.0):
-            line[row.sources] = row
-    return [{"where": where, "rows": [line.get(depth) for depth in depths]} for where, line in lines.items()]
 
 
 def _distribution_rows(rows: Sequence[Row]) -> list[Row]:

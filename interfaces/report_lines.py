@@ -62,12 +62,29 @@ def worst_of_each_tensor(rows: Iterable[Row]) -> list[Row]:
 
 
 def largest_differences(pairs: Iterable[Pair], key: Callable[[Pair], Hashable]) -> list[Pair]:
-    # a comparison that CuTe loses goes before any difference
-    return _most(pairs, key, lambda pair: math.inf if pair.verdict == "worse" else pair.difference)
+    """Of all comparisons with the same key the one with the largest difference, or one that CuTe loses."""
+
+    def size(pair: Pair) -> float:
+        if pair.verdict == "worse":
+            return math.inf
+        # where both overflow the storage dtype, there is no difference to speak of
+        return -1.0 if math.isnan(pair.difference) else pair.difference
+
+    return _most(pairs, key, size)
 
 
 def largest_difference_of_each_tensor(pairs: Iterable[Pair]) -> list[Pair]:
     return largest_differences(pairs, lambda pair: (pair.op, pair.tensor, pair.dtype, pair.first, pair.second))
+
+
+def errors_by_depth(rows: Iterable[Row]) -> dict[tuple[str, str, str], dict[int, Row]]:
+    """By direction, backend and dtype: for each number of sources the row with the largest error."""
+    found: dict[tuple[str, str, str], dict[int, Row]] = {}
+    for row in rows:
+        line = found.setdefault((row.direction, row.backend, row.dtype), {})
+        if row.error is not None and row.error >= (line[row.sources].error or 0.0 if row.sources in line else 0.0):
+            line[row.sources] = row
+    return found
 
 
 def by_op(rows: Iterable[Row]) -> dict[str, list[Row]]:

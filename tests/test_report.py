@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 import attnres.backend
-from attnres import cli, inputs, oracle, report, report_output, triton_interpreter
+from attnres import cli, inputs, oracle, report, report_lines, report_output, triton_interpreter
 from attnres.backend import BackendError
 from attnres.inputs import Shape
 from attnres.numerics import judge_reference
@@ -459,3 +460,12 @@ def test_shipped_activations() -> None:
     assert 178 < capture.sources.abs().max() < 179
     file = Path(inputs.__file__).parent / "data" / "captured_sources.safetensors"
     assert file.stat().st_size <= 3_000_000
+
+
+def test_the_largest_difference_is_a_number_if_any_case_has_one() -> None:
+    # both overflow fp16 in one case: infinity minus infinity
+    differences = (math.nan, 1e-4, 2e-4, math.nan)
+    pairs = [report.Pair("mix", "out", "fp16", "", "", "torch", "triton", size, 0.0, 0.0) for size in differences]
+    assert [pair.difference for pair in report_lines.largest_difference_of_each_tensor(pairs)] == [2e-4]
+    worse = report.Pair("mix", "out", "fp16", "", "", "torch", "triton", 1e-9, 0.0, 0.0, "worse")
+    assert report_lines.largest_difference_of_each_tensor([*pairs, worse]) == [worse]

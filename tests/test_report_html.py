@@ -158,14 +158,9 @@ def test_the_tables_have_the_numbers_of_the_json(found: report.Report, page: Pag
             cells = dict(zip(header, line, strict=True))
             for column in ("tensor", "direction", "backend", "dtype", "shape"):
                 assert cells[column] == row[column]
-            for column, name in (
-                ("error", "error"),
-                ("floor", "floor"),
-                ("largest", "largest"),
-                ("used", "used"),
-                ("budget", "budget"),
-            ):
-                assert same(cells[column], row[name])
+            assert cells["input"] == row["kind"]
+            for column in ("error", "floor", "budget", "largest", "used"):
+                assert same(cells[column], row[column])
             assert same(cells["error / floor"], row["ratio"])
             assert cells["verdict"].startswith(row["verdict"])
         by_case = {tuple(row[name] for name in ("tensor", "backend", "dtype", "shape", "kind")): row for row in rows}
