@@ -161,7 +161,7 @@ def gradients(
 
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {"mix": mix, "phase1": phase1, "phase2": phase2}
-_KINDS: dict[str, Kind] = {"weights": "statistic", "lse": "statistic"}
+STATISTICS = ("weights", "lse")  # float32 whatever the storage
 _SOURCES = ("residuals", "block_representations")
 _PER_TOKEN = (*_SOURCES, "partial_sum", "delta", "inter_out", "out", "new_partial")  # token axis -2
 _PER_TOKEN_STATISTICS = ("inter_lse", "lse", "weights")  # token axis -1
@@ -205,7 +205,7 @@ def reference(
     references = {}
     for name, found in collected.items():
         joined = {which: _join(name, values, noise=which == "noise") for which, values in found.items()}
-        kind: Kind = "gradient" if name.startswith("d_") else _KINDS.get(name, "output")
+        kind: Kind = "gradient" if name.startswith("d_") else "statistic" if name in STATISTICS else "output"
         plain32 = (joined["autograd32"], joined["closed32"])
         references[name] = Reference(joined["exact"], kind, plain32, joined["noise"], name[2:] in _SOURCES)
     return references
