@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from attnres import backend as backends
 from attnres import mix, phase1, phase2
 from attnres.recompute import Layer, LayerParameters, Recomputed, Surroundings, call_layer, recompute_layer
 from attnres.sites import BlockSites
@@ -100,7 +101,16 @@ class _Gradients(NamedTuple):
         ]
 
 
-class MemorySaving(torch.autograd.Function):
+@torch._disable_dynamo  # as torch.utils.checkpoint.checkpoint is; the layers may be compiled
+def run_saving_memory(chain: Chain, inputs: Tensor, weights: SiteWeights, preserve_rng_state: bool) -> Tensor:
+    """The network's output [..., D]."""
+    parameters = LayerParameters(chain.layers)
+    surroundings = Surroundings(inputs.device, preserve_rng_state)
+    request = backends.requested(chain.backend)
+    return _MemorySaving.apply(chain, parameters, surroundings, request, inputs, *weights, *parameters.tensors)
+
+
+class _MemorySaving(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,

@@ -8,11 +8,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from attnres import backend as backends
 from attnres import contracts
-from attnres.memory_saving import Chain, MemorySaving, SiteWeights
+from attnres.memory_saving import Chain, SiteWeights, run_saving_memory
 from attnres.mix import attn_res
-from attnres.recompute import Layer, LayerParameters, Surroundings
+from attnres.recompute import Layer, trainable
 from attnres.registration import needs_grad
 
 
@@ -76,12 +75,8 @@ def block_attn_res(
     key_weight = None if rms_weight is None else rms_weight.expand(pseudo_queries.shape)
     weights = SiteWeights(pseudo_queries, key_weight, output_rms_weight)
     chain = Chain(tuple(layers), block_size, eps, scale, backend)
-    if memory_saving and layers and torch.is_grad_enabled():
-        parameters = LayerParameters(chain.layers)
-        if needs_grad(inputs, *weights, *parameters.tensors):
-            surroundings = Surroundings(inputs.device, preserve_rng_state)
-            options = chain, parameters, surroundings, backends.requested(backend)
-            return MemorySaving.apply(*options, inputs, *weights, *parameters.tensors)
+    if memory_saving and needs_grad(inputs, *weights, *(p for layer in chain.layers for p in trainable(layer))):
+        return run_saving_memory(chain, inputs, weights, preserve_rng_state)
     blocks = chain.run(inputs, weights)
     query, key, output = weights.row(-1)
     return cast(Tensor, attn_res(query, blocks, key, output, eps, scale, backend=backend))

@@ -72,7 +72,7 @@ class LayerParameters:
     def __init__(self, layers: Sequence[Layer]):
         places: dict[Tensor, int] = {}
         self._of_layer = [
-            tuple(places.setdefault(parameter, len(places)) for parameter in _trainable(layer)) for layer in layers
+            tuple(places.setdefault(parameter, len(places)) for parameter in trainable(layer)) for layer in layers
         ]
         self.tensors = tuple(places)
         self._versions = [parameter._version for parameter in self.tensors]
@@ -95,7 +95,8 @@ class LayerParameters:
                 )
 
 
-def _trainable(layer: Layer) -> list[Tensor]:
+def trainable(layer: Layer) -> list[Tensor]:
+    """The layer's parameters that want a gradient."""
     if not isinstance(layer, torch.nn.Module):
         return []
     return [parameter for parameter in layer.parameters() if parameter.requires_grad]
