@@ -78,11 +78,14 @@ class Chain(NamedTuple):
             two_phases=two_phases,
             backend=self.backend,
         )
-        update = None
-        for index in sites:
-            update = call_layer(self.layers[index], index, mixes.mix(update))
-        assert update is not None
-        return mixes.close(update)
+        hidden = mixes.mix()
+        for index in sites[:-1]:
+            update = call_layer(self.layers[index], index, hidden)
+            # each gone before the next is made
+            del hidden
+            hidden = mixes.mix(update)
+            del update
+        return mixes.close(call_layer(self.layers[sites[-1]], sites[-1], hidden))
 
 
 class _Gradients(NamedTuple):
@@ -214,8 +217,8 @@ class _Block:
         partial = update = None
         for site, index in enumerate(self.sites):
             hidden, partial, saved = self._mix(site, partial, update)
+            update = None  # gone before the layer runs
             layer, update = recompute_layer(chain.layers[index], index, hidden, surroundings)
-            del hidden
             self.recomputed.append(_Site(layer, saved))
 
     def _mix(

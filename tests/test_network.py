@@ -431,7 +431,7 @@ def test_tensors_of_a_site_are_freed_as_soon_as_they_can_be(gradient: bool) -> N
     try:
         with torch.set_grad_enabled(gradient):
             out = network(inputs)
-        # the last output but one may be the partial sum of a second site
+        # at the second site: the first output, which is the partial sum, and its input, a view of phase 1's result
         assert max(alive) <= 2
         assert sum(reference() is not None for reference in seen) == 0
         if gradient:
