@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import attnres
 from attnres import numerics, oracle
-from attnres.sites import direct_is_cheaper
+from attnres.sites import direct_elements, two_phase_elements
 from bench import results, timing
 from bench.ops import ITEMSIZE
 from bench.providers import plain_mix
@@ -72,19 +72,17 @@ class NetworkCase:
     @property
     def least_bytes(self) -> int:
         """What the schedule's mixes and sums must move, layers apart: see attnres.sites and attnres.memory_saving."""
-        elements = 0
+        elements, last = 0, self.layers - self.block_size
         for start in range(0, self.layers, self.block_size):
             blocks, sites = self.num_blocks + start // self.block_size, min(self.block_size, self.layers - start)
-            phase_2 = (3 if sites > 1 else 0) + 5 * max(0, sites - 2)
+            mixes, last_sum = two_phase_elements(blocks, sites), 3 if sites > 1 else 0
             if self.serving:
-                return (blocks + sites + phase_2) * self._row_bytes
-            last_sum = 3 if sites > 1 else 0
-            if self.backward:  # forward and recomputation; then phase 2, the first site's copy, and phase 1
-                elements += 2 * (blocks + sites + phase_2) + last_sum + 6 * (sites - 1) + 2 + 3 * blocks + sites
-            elif direct_is_cheaper(blocks, sites):
-                elements += blocks + 1 + (blocks + 2) * (sites > 1) + (blocks + 5) * max(0, sites - 2) + last_sum
+                return mixes * self._row_bytes
+            if self.backward:  # run twice but for the last block; then phase 2, the first site's copy, and phase 1
+                elements += mixes * (1 if start >= last else 2) + 6 * (sites - 1) + 2 + 3 * blocks + sites
             else:
-                elements += blocks + sites + phase_2 + last_sum
+                elements += min(mixes, direct_elements(blocks, sites))
+            elements += last_sum
         finished = self.num_blocks + -(-self.layers // self.block_size)
         return (elements + finished + 1 + (2 * finished + 1) * self.backward) * self._row_bytes
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attnres import backend as backends
 from attnres import mix, phase1, phase2
-from attnres.recompute import Layer, LayerParameters, Recomputed, Surroundings, call_layer, recompute_layer
+from attnres.recompute import Layer, LayerParameters, LayerRun, Surroundings, call_layer, run_layer
 from attnres.sites import BlockSites
 
 
@@ -105,39 +105,46 @@ class _Gradients(NamedTuple):
 
 
 @torch._disable_dynamo  # as torch.utils.checkpoint.checkpoint is; the layers may be compiled
-def run_saving_memory(chain: Chain, inputs: Tensor, weights: SiteWeights, preserve_rng_state: bool) -> Tensor:
+def run_saving_memory(
+    chain: Chain, inputs: Tensor, weights: SiteWeights, keep_last_block: bool, preserve_rng_state: bool
+) -> Tensor:
     """The network's output [..., D]."""
     parameters = LayerParameters(chain.layers)
     surroundings = Surroundings(inputs.device, preserve_rng_state)
-    request = backends.requested(chain.backend)
-    return _MemorySaving.apply(chain, parameters, surroundings, request, inputs, *weights, *parameters.tensors)
+    options = chain, parameters, surroundings, backends.requested(chain.backend)
+    return _MemorySaving.apply(options, keep_last_block, inputs, *weights, *parameters.tensors)
+
+
+_Options = tuple[Chain, LayerParameters, Surroundings, tuple[str, str]]
 
 
 class _MemorySaving(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        chain: Chain,
-        parameters: LayerParameters,
-        surroundings: Surroundings,
-        request: tuple[str, str],
+        options: _Options,
+        keep_last_block: bool,
         inputs: Tensor,
         query: Tensor,
         key_weight: Tensor | None,
         output_weight: Tensor | None,
         *_: Tensor,
     ) -> Tensor:
+        chain, _parameters, surroundings, request = options
         weights = SiteWeights(query, key_weight, output_weight)
-        blocks, rng_states = [inputs], []
+        blocks, rng_states, ctx.kept = [inputs], [], None
         with surroundings.autocast():
             for sites in chain.blocks:
                 rng_states.append(surroundings.rng_state())
-                blocks.append(chain.run_block(sites, blocks, weights, two_phases=True))
+                if keep_last_block and sites.stop == len(chain.layers):
+                    ctx.kept = _Block(chain, sites, blocks, weights.rows(sites), request)
+                    blocks.append(ctx.kept.first_run(surroundings))
+                else:
+                    blocks.append(chain.run_block(sites, blocks, weights, two_phases=True))
         outputs = mix.forward(blocks, *weights.row(-1), chain.eps, chain.scale, False, True, False, False, *request)
         out, _mixed, logits, rstd, lse, _weights = outputs
         ctx.save_for_backward(*blocks, *weights, logits, rstd, lse)
-        ctx.options = chain, parameters, surroundings, request
-        ctx.rng_states = rng_states
+        ctx.options, ctx.rng_states = options, rng_states
         return out
 
     @staticmethod
@@ -163,26 +170,29 @@ class _MemorySaving(torch.autograd.Function):
             False,
             request[0],
         )
+        kept, ctx.kept = ctx.kept, None
         for sites, rng_state in zip(reversed(chain.blocks), reversed(ctx.rng_states), strict=True):
             del blocks[-1]
-            _Block(chain, sites, blocks, weights.rows(sites), request).run(
-                surroundings, rng_state, parameters, gradients
-            )
+            if kept is None:
+                kept = _Block(chain, sites, blocks, weights.rows(sites), request)
+                kept.run_again(surroundings, rng_state)
+            kept.backward(parameters, gradients)
+            kept = None  # before the next block
         found = (gradients.blocks[0], *gradients.of_weights(weights), *gradients.parameters)
-        needed = zip(found, ctx.needs_input_grad[4:], strict=True)
-        return (None,) * 4 + tuple(gradient if wanted else None for gradient, wanted in needed)
+        needed = zip(found, ctx.needs_input_grad[2:], strict=True)
+        return (None,) * 2 + tuple(gradient if wanted else None for gradient, wanted in needed)
 
 
 class _Site(NamedTuple):
-    """A site after its recomputation."""
+    """A site that has been run with gradient."""
 
-    layer: Recomputed
+    layer: LayerRun
     # phase 2: x [..., D], logit [...], rstd [...]; the norm of a first site: logits, rstd, lse; nothing without a norm
     saved: tuple[Tensor, ...]
 
 
 class _Block:
-    """One block in the backward: recomputed, and then taken apart from its last site to its first."""
+    """One block with all that its backward needs: run, and then taken apart from its last site to its first."""
 
     def __init__(
         self, chain: Chain, sites: range, blocks: list[Tensor], weights: SiteWeights, request: tuple[str, str]
@@ -196,21 +206,19 @@ class _Block:
         tokens = self.lse[0].numel()
         self.logits = self.lse.new_empty((count, len(blocks), tokens))  # [S, N, T]
         self.rstd = self.lse.new_empty((len(blocks), tokens))  # [N, T]
-        self.recomputed: list[_Site] = []
+        self.sites_run: list[_Site] = []
 
-    def run(
-        self,
-        surroundings: Surroundings,
-        rng_state: tuple[Tensor, ...],
-        parameters: LayerParameters,
-        gradients: _Gradients,
-    ) -> None:
-        """Adds the block's part to the gradients; the last of gradients.blocks, its own, is taken off."""
+    def first_run(self, surroundings: Surroundings) -> Tensor:
+        """In the forward, of a block that is kept: its representation [..., D]."""
+        partial, update = self._run(surroundings)
+        return update if partial is None else partial + update
+
+    def run_again(self, surroundings: Surroundings, rng_state: tuple[Tensor, ...]) -> None:
         with surroundings.with_rng_state(rng_state):
-            self._recompute(surroundings)
-        self._backward(parameters, gradients)
+            self._run(surroundings)
 
-    def _recompute(self, surroundings: Surroundings) -> None:
+    def _run(self, surroundings: Surroundings) -> tuple[Tensor | None, Tensor]:
+        """Fills what the backward needs; returns the partial sum before the last layer's output, and that output."""
         chain, (query, key, _) = self.chain, self.weights
         outputs = (self.rows[:-1], self.lse, self.logits, self.rstd)
         phase1.fill_outputs(outputs, self.sources, query, key, chain.eps, chain.scale, False, True, *self.request)
@@ -218,8 +226,10 @@ class _Block:
         for site, index in enumerate(self.sites):
             hidden, partial, saved = self._mix(site, partial, update)
             update = None  # gone before the layer runs
-            layer, update = recompute_layer(chain.layers[index], index, hidden, surroundings)
-            self.recomputed.append(_Site(layer, saved))
+            layer, update = run_layer(chain.layers[index], index, hidden, surroundings)
+            self.sites_run.append(_Site(layer, saved))
+        assert update is not None
+        return partial, update
 
     def _mix(
         self, site: int, partial: Tensor | None, update: Tensor | None
@@ -252,7 +262,8 @@ class _Block:
         x = x if delta is None else total
         return hidden, x, (x, logit, rstd)
 
-    def _backward(self, parameters: LayerParameters, gradients: _Gradients) -> None:
+    def backward(self, parameters: LayerParameters, gradients: _Gradients) -> None:
+        """Adds the block's part to the gradients; the last of gradients.blocks, its own, is taken off."""
         chain, (query, key, _) = self.chain, self.weights
         d_lse = torch.zeros_like(self.lse)
         d_update = gradients.blocks.pop()
@@ -280,7 +291,7 @@ class _Block:
     ) -> Tensor:
         """Given the gradient of the layer's output, which the partial sum before it has as well, that of the output before."""
         chain, index, (query, key, output) = self.chain, self.sites[site], self.weights.row(site)
-        layer, saved = self.recomputed.pop()
+        layer, saved = self.sites_run.pop()
         d_hidden, found = layer.gradients(d_update, parameters.of(index))
         del layer
         parameters.add(gradients.parameters, index, found)

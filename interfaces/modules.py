@@ -67,7 +67,7 @@ class BlockAttnRes(nn.Module):
         layers: the sublayers, Modules [..., D] -> [..., D] without residual connection.
         dim: D.
         block_size: sublayers in a block.
-        eps, scale, memory_saving, preserve_rng_state, backend: as block_attn_res takes them.
+        eps, scale, memory_saving, keep_last_block, preserve_rng_state, backend: as block_attn_res takes them.
         key_weight: whether the keys' RMSNorm of every site has a weight: `rms_weight` [len(layers) + 1, D].
         output_norm: whether every mix goes through an RMSNorm, the sublayer's PreNorm: `output_rms_weight` [len(layers) + 1, D].
         device, dtype: of the parameters made here; layers are taken as they are.
@@ -91,6 +91,7 @@ class BlockAttnRes(nn.Module):
         key_weight: bool = False,
         output_norm: bool = False,
         memory_saving: bool = True,
+        keep_last_block: bool = True,
         preserve_rng_state: bool = True,
         backend: str | None = None,
         device: torch.device | str | None = None,
@@ -99,7 +100,8 @@ class BlockAttnRes(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.dim, self.block_size, self.eps, self.scale = dim, block_size, eps, scale
-        self.memory_saving, self.preserve_rng_state, self.backend = memory_saving, preserve_rng_state, backend
+        self.memory_saving, self.keep_last_block = memory_saving, keep_last_block
+        self.preserve_rng_state, self.backend = preserve_rng_state, backend
         shape, options = (len(self.layers) + 1, dim), {"device": device, "dtype": dtype}
         _add_parameters(self, "pseudo_queries", shape, key_weight, output_norm, options)
         self.reset_parameters()
@@ -120,6 +122,7 @@ class BlockAttnRes(nn.Module):
             self.scale,
             output_rms_weight=self.output_rms_weight,
             memory_saving=self.memory_saving,
+            keep_last_block=self.keep_last_block,
             preserve_rng_state=self.preserve_rng_state,
             backend=self.backend,
         )

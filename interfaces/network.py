@@ -26,6 +26,7 @@ def block_attn_res(
     *,
     output_rms_weight: Tensor | None = None,
     memory_saving: bool = True,
+    keep_last_block: bool = True,
     preserve_rng_state: bool = True,
     backend: str | None = None,
 ) -> Tensor:
@@ -49,6 +50,8 @@ def block_attn_res(
         memory_saving: with gradient, keep only the block representations and run each block once more in the backward (see below).
             False leaves every operation to autograd, which keeps all that each of them saves: under torch.utils.checkpoint, for
             layers whose parameters change between calls (FSDP), and for what torch.compile is to trace.
+        keep_last_block: with memory_saving, also keep what the last block's backward needs, so that it is not run again. False
+            saves that memory while the loss is computed.
         preserve_rng_state: with memory_saving, give the recomputed layers the random numbers of the forward (dropout).
         backend: "auto", "cute", "triton" or "torch"; None leaves it to use_backend and ATTNRES_BACKEND.
 
@@ -56,11 +59,12 @@ def block_attn_res(
         out [..., D] in inputs' dtype.
 
     Memory saving. Kept for the backward: inputs, the block representations and, of the output's mix, logits, 1/rms and lse. The
-    backward runs each block's phases and layers once more (the cost: one more forward), with the forward's autocast state and
-    random numbers, and keeps of that block alone: phase 1's results, the partial sums, and what its layers save. The parameters of
-    layers that are Modules get their gradients as inputs of one autograd node: their hooks run once, and a parameter that several
-    layers use gets the sum. A callable that is no Module must have no parameters. Neither parameters nor inputs may be changed in
-    place before the backward. There is no second derivative. What else a layer does (batch statistics), it does twice.
+    backward runs each block but the last once more, phases and layers (the cost: at most one more forward), with the forward's
+    autocast state and random numbers, and keeps of one block at a time: phase 1's results, the partial sums, and what its layers
+    save. The parameters of layers that are Modules get their gradients as inputs of one autograd node: their hooks run once, and a
+    parameter that several layers use gets the sum. A callable that is no Module must have no parameters. Neither parameters nor
+    inputs may be changed in place before the backward. There is no second derivative. What else a layer does (batch statistics),
+    it does twice.
 
     Without gradient nothing is kept but the blocks and the current block's phase 1. Arithmetic and byte counts are those of
     phase_1, phase_2 and attn_res; the same inputs give the same bits, gradients included, and both modes the same output.
@@ -76,7 +80,7 @@ def block_attn_res(
     weights = SiteWeights(pseudo_queries, key_weight, output_rms_weight)
     chain = Chain(tuple(layers), block_size, eps, scale, backend)
     if memory_saving and needs_grad(inputs, *weights, *(p for layer in chain.layers for p in trainable(layer))):
-        return run_saving_memory(chain, inputs, weights, preserve_rng_state)
+        return run_saving_memory(chain, inputs, weights, keep_last_block, preserve_rng_state)
     blocks = chain.run(inputs, weights)
     query, key, output = weights.row(-1)
     return cast(Tensor, attn_res(query, blocks, key, output, eps, scale, backend=backend))

@@ -102,7 +102,7 @@ def trainable(layer: Layer) -> list[Tensor]:
     return [parameter for parameter in layer.parameters() if parameter.requires_grad]
 
 
-class Recomputed(NamedTuple):
+class LayerRun(NamedTuple):
     """A layer's call with gradient. The output itself is not kept: its place in the graph is enough."""
 
     hidden: Tensor  # [..., D], a leaf
@@ -118,17 +118,17 @@ class Recomputed(NamedTuple):
         return d_hidden, list(found[1:])
 
 
-def recompute_layer(layer: Layer, index: int, hidden: Tensor, surroundings: Surroundings) -> tuple[Recomputed, Tensor]:
+def run_layer(layer: Layer, index: int, hidden: Tensor, surroundings: Surroundings) -> tuple[LayerRun, Tensor]:
     """The layer's call with gradient, and its output [..., D] without."""
     leaf = hidden.detach().requires_grad_()
     with torch.enable_grad(), surroundings.autocast():
         update = call_layer(layer, index, leaf)
     if not update.requires_grad:
-        return Recomputed(leaf, None), update
+        return LayerRun(leaf, None), update
     edge = get_gradient_edge(update)
     if not isinstance(layer, torch.nn.Module):
         _refuse_hidden_leaves(edge, leaf, index)
-    return Recomputed(leaf, edge), update.detach()
+    return LayerRun(leaf, edge), update.detach()
 
 
 @contextlib.contextmanager

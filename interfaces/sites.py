@@ -8,23 +8,33 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from attnres import contracts
 from attnres.mix import attn_res
 from attnres.phase1 import phase_1
 from attnres.phase2 import phase_2
+from attnres.serve import attn_res_step
 
 
 def direct_is_cheaper(num_blocks: int, num_sites: int) -> bool:
     """Whether direct mixes move fewer bytes than two phases through a block of S sites after N finished blocks, without gradient.
 
     In units of T D elements: two phases read the blocks once for all sites (N + S), then 3 at the second site and 5 at each later
-    one, whose add is fused; direct mixes move N + 1, N + 2, and at each later site N + 2 and 3 for the add. So direct mixes win
-    with one finished block alone. With gradient they never do: the backward of two phases moves 3 N + S for all sites and 6 a
-    site, that of a direct mix 5 N + 6 a site, because every site adds to the gradient of every block.
+    one, whose add is fused. Direct mixes move N + 1, N + 2, N + 5 with the third site's add by itself, and N + 4 at each later one,
+    an attn_res_step in place. So direct mixes win with one finished block alone. With gradient they never do: the backward of two
+    phases moves 3 N + S for all sites and 6 a site, that of a direct mix 5 N + 6 a site, because every site adds to the gradient of
+    every block.
     """
-    second, later = int(num_sites >= 2), max(0, num_sites - 2)
-    two_phases = num_blocks + num_sites + 3 * second + 5 * later
-    direct = num_blocks + 1 + (num_blocks + 2) * second + (num_blocks + 5) * later
-    return direct < two_phases
+    return direct_elements(num_blocks, num_sites) < two_phase_elements(num_blocks, num_sites)
+
+
+def two_phase_elements(num_blocks: int, num_sites: int) -> int:
+    """What the mixes of a block move, in units of T D elements."""
+    return num_blocks + num_sites + 3 * (num_sites >= 2) + 5 * max(0, num_sites - 2)
+
+
+def direct_elements(num_blocks: int, num_sites: int) -> int:
+    sites = num_blocks + 1, num_blocks + 2, num_blocks + 5
+    return sum(sites[:num_sites]) + (num_blocks + 4) * max(0, num_sites - 3)
 
 
 class BlockSites:
@@ -116,10 +126,15 @@ class BlockSites:
         return delta if self._partial is None else self._partial + delta
 
     def _direct(self, site: int, delta: Tensor | None) -> Tensor:
+        query, key_weight, output_weight = self._weights(site)
+        if self._partial is not None and delta is not None and site >= 3 and self._scale == 1.0:
+            # the partial sum is this block's own since the third site
+            block = contracts.rows(self._blocks[0]).unsqueeze(1)
+            given = contracts.rows(self._partial), contracts.rows(delta), block, key_weight, query, output_weight
+            return attn_res_step(*given, 1, -1, self._eps, self._eps, backend=self._backend).view(delta.shape)
         if delta is not None:
             self._partial = self.close(delta)
         sources = self._blocks if self._partial is None else [*self._blocks, self._partial]
-        query, key_weight, output_weight = self._weights(site)
         found = attn_res(query, sources, key_weight, output_weight, self._eps, self._scale, backend=self._backend)
         return cast(Tensor, found)
 

@@ -354,12 +354,12 @@ def test_host_cases_are_forward() -> None:
 
 
 def test_network_schedule_bytes() -> None:
-    """Blocks of 2: 1 + 2 + 3 and the last sum 3, then 2 + 2 + 3 + 3 (direct mixes save 1 at the first), then the output's mix 4."""
+    """Blocks of 2: direct mixes 2 + 3 and the last sum 3, then two phases 2 + 2 + 3 and 3, then the output's mix 4."""
     rows = 10 * 8 * 2
     forward = network.NetworkCase("forward", 10, 8, 4, 2)
     assert forward.least_bytes == (8 + 10 + 4) * rows
     backward = replace(forward, group="forward and backward")
-    first, second = 2 * 6 + 3 + 6 + 2 + 3 + 2, 2 * 7 + 3 + 6 + 2 + 6 + 2
+    first, second = 2 * 6 + 3 + 6 + 2 + 3 + 2, 7 + 3 + 6 + 2 + 6 + 2
     assert backward.least_bytes == (first + second + 4 + 7) * rows
     serving = network.NetworkCase("serving block", 10, 8, 24, 24, num_blocks=8)
     assert serving.least_bytes == (8 + 24 + 3 + 22 * 5) * rows

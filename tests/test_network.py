@@ -178,9 +178,10 @@ def test_bfloat16_is_as_good_as_its_roundings(memory_saving: bool) -> None:
     assert {name: (error, floors[name]) for name, error in found.items() if error > 3 * max(floors[name], floor)} == {}
 
 
+@pytest.mark.parametrize("keep_last_block", [True, False])
 @pytest.mark.parametrize("block_size", [1, 3, 9])
-def test_the_modes_agree(block_size: int) -> None:
-    network, inputs = make(7, block_size, output_norm=True), embedding()
+def test_the_modes_agree(block_size: int, keep_last_block: bool) -> None:
+    network, inputs = make(7, block_size, output_norm=True, keep_last_block=keep_last_block), embedding()
     saving = run(network, inputs)
     assert_same_bits(run(network, inputs), saving)
     network.memory_saving = False
@@ -310,7 +311,9 @@ def test_a_callable_that_hides_parameters_is_refused() -> None:
     hidden_layer, inputs = MLP(), embedding().requires_grad_()
     layers = [nn.Identity(), lambda hidden: hidden_layer(hidden)]
     queries = torch.zeros(3, SIZE)
-    out = attnres.block_attn_res(inputs, queries, layers, 2)
+    with pytest.raises(ValueError, match=r"layers\[1\] is no torch.nn.Module and uses .* memory_saving=False"):
+        attnres.block_attn_res(inputs, queries, layers, 2)
+    out = attnres.block_attn_res(inputs, queries, layers, 2, keep_last_block=False)
     with pytest.raises(ValueError, match=r"layers\[1\] is no torch.nn.Module and uses .* memory_saving=False"):
         out.sum().backward()
     attnres.block_attn_res(inputs, queries, layers, 2, memory_saving=False).sum().backward()
@@ -320,9 +323,11 @@ def test_a_callable_that_hides_parameters_is_refused() -> None:
 # --- the recomputation ---
 
 
-def test_dropout_is_recomputed_with_the_same_mask() -> None:
+@pytest.mark.parametrize("keep_last_block", [True, False])
+def test_dropout_is_recomputed_with_the_same_mask(keep_last_block: bool) -> None:
     torch.manual_seed(3)
-    network, inputs = make([MLP(dropout=0.5) for _ in range(5)], 2), embedding(40, SIZE)
+    network = make([MLP(dropout=0.5) for _ in range(5)], 2, keep_last_block=keep_last_block)
+    inputs = embedding(40, SIZE)
     results = []
     for network.memory_saving in (True, False):
         torch.manual_seed(4)
@@ -384,20 +389,21 @@ def test_a_kept_graph_runs_its_backward_again() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_each_layer_runs_twice_and_no_more() -> None:
-    network = make(5, 2)
+@pytest.mark.parametrize("keep_last_block", [True, False])
+def test_each_layer_runs_twice_and_no_more(keep_last_block: bool) -> None:
+    network = make(5, 2, keep_last_block=keep_last_block)
     calls = [0] * 5
     for index, layer in enumerate(network.layers):
         layer.register_forward_hook(lambda *_, index=index: calls.__setitem__(index, calls[index] + 1))
     run(network, embedding())
-    assert calls == [2] * 5
+    assert calls == [2, 2, 2, 2, 1 if keep_last_block else 2]
 
 
 # --- what is kept ---
 
 
 def test_only_block_representations_are_saved() -> None:
-    network, inputs = make(6, 3), embedding(50, SIZE).requires_grad_()
+    network, inputs = make(6, 3, keep_last_block=False), embedding(50, SIZE).requires_grad_()
     packed: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(
         lambda tensor: packed.append(tensor) or tensor, lambda tensor: tensor
@@ -426,7 +432,8 @@ class Watch(nn.Module):
 def test_tensors_of_a_site_are_freed_as_soon_as_they_can_be(gradient: bool) -> None:
     seen: list[Any] = []
     alive: list[int] = []
-    network, inputs = make([Watch(seen, alive) for _ in range(12)], 4), embedding().requires_grad_()
+    network = make([Watch(seen, alive) for _ in range(12)], 4, keep_last_block=False)
+    inputs = embedding().requires_grad_()
     gc.disable()
     try:
         with torch.set_grad_enabled(gradient):
