@@ -161,7 +161,7 @@ class _MemorySaving(torch.autograd.Function):
             d_out,
             blocks,
             *weights.row(-1),
-            query.new_empty(0),
+            None,
             logits,
             rstd,
             lse,
@@ -221,7 +221,7 @@ class _Block:
         """Fills what the backward needs; returns the partial sum before the last layer's output, and that output."""
         chain, (query, key, _) = self.chain, self.weights
         outputs = (self.rows[:-1], self.lse, self.logits, self.rstd)
-        phase1.fill_outputs(outputs, self.sources, query, key, chain.eps, chain.scale, False, True, *self.request)
+        phase1.fill_outputs(outputs, self.sources, query, key, chain.eps, chain.scale, False, *self.request)
         partial = update = None
         for site, index in enumerate(self.sites):
             hidden, partial, saved = self._mix(site, partial, update)
@@ -322,15 +322,14 @@ class _Block:
             d_inter_out.copy_(d_hidden)
             return d_update
         logits, rstd, lse = saved
-        nothing = query.new_empty(0)
         mix.fill_gradients(
-            [d_inter_out, torch.empty_like(intra.query), nothing, *intra.tensors("output")],
+            [d_inter_out, torch.empty_like(intra.query), query.new_empty(0), *intra.tensors("output")],
             d_hidden,
             [inter_out],
             query,
             None,
             output,
-            nothing,
+            None,
             logits,
             rstd,
             lse,
