@@ -16,7 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import attnres
-from attnres import oracle
+from attnres import backend as backends
+from attnres import oracle, torch_ref
 from attnres.inputs import EPS
 from attnres.sites import direct_is_cheaper
 
@@ -370,6 +371,25 @@ def test_autocast_is_recomputed(backward_within: bool) -> None:
     assert out.dtype == torch.float32
     for name, value in found[1].items():
         torch.testing.assert_close(found[0][name], value, rtol=0.05, atol=0.02)
+
+
+def test_checked_mode_judges_every_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also phase 1's backward, which adds to gradients that are there."""
+    network, inputs = make(5, 2, key_weight=True, output_norm=True, backend="torch"), embedding(9, SIZE)
+    expected = run(network, inputs)
+    with attnres.checked("full"):
+        found = run(network, inputs)
+    assert max(errors(found, expected).values()) < FLOAT32
+    original = torch_ref.phase1_bwd
+
+    def wrong(*arguments: Any) -> None:
+        original(*arguments)
+        arguments[10][0][-1] += 1  # d_sources
+
+    monkeypatch.setattr(torch_ref, "phase1_bwd", wrong)
+    monkeypatch.setattr(backends, "launcher", lambda op, backend: getattr(torch_ref, op))
+    with attnres.checked("full"), pytest.raises(attnres.NumericsError, match="d_block_representations"):
+        run(network, inputs)
 
 
 def test_a_parameter_changed_before_the_backward_is_an_error() -> None:
