@@ -1,6 +1,6 @@
 """The float64 oracle: every operation's formula in plain torch, apart from all backend code.
 
-`mix`, `phase1`, `phase2` and `step` take the public arguments in any dtype, convert them to `dtype` (float64 unless
+`mix`, `phase1`, `phase2`, `step` and `network` take the public arguments in any dtype, convert them to `dtype` (float64 unless
 told) and return unrounded results of that dtype. The only rounding inside is the one that belongs to an operation's
 meaning: the sum partial + delta (prefix + delta) is rounded to the storage dtype before it is used, straight through
 for the gradient, so d_delta = d_partial. `gradients` differentiates any of them by autograd.
@@ -137,6 +137,37 @@ def step(
     if block_write_idx >= 0:
         written[:, block_write_idx] = updated
     return Step(out, updated, written)
+
+
+def network(
+    inputs: Tensor,
+    pseudo_queries: Tensor,
+    layers: Sequence[Callable[[Tensor], Tensor]],
+    block_size: int,
+    eps: float = 1e-6,
+    rms_weight: Tensor | None = None,
+    scale: float = 1.0,
+    *,
+    output_rms_weight: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """The whole network as the paper writes it: one softmax at each site over the finished blocks and the partial sum.
+
+    `layers` take and return tensors of `dtype`; nothing is rounded on the way. Differentiable by autograd.
+    """
+    blocks, partial = [inputs.to(dtype)], None
+
+    def site(index: int) -> Tensor:
+        output = None if output_rms_weight is None else output_rms_weight[index]
+        sources = blocks if partial is None else [*blocks, partial]
+        return mix(pseudo_queries[index], sources, _site_weight(rms_weight, index), output, eps, scale, dtype=dtype).out
+
+    for index, layer in enumerate(layers):
+        if index % block_size == 0 and partial is not None:
+            blocks, partial = [*blocks, partial], None
+        update = layer(site(index))
+        partial = update if partial is None else partial + update
+    return site(-1)
 
 
 def gradients(
