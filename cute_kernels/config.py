@@ -18,7 +18,7 @@ MAX_SOURCES = 32
 ALIGNMENT = 16  # bytes: what a bulk copy and a 16-byte store need of every row's address
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 PARAMETER_DTYPES = DTYPES | {torch.float32: "fp32"}
-ROW_OPS = ("mix_fwd", "phase2_fwd", "serve_step")
+ROW_OPS = ("mix_fwd", "phase2_fwd", "phase2_bwd", "serve_step")
 
 LANES = 32
 VECTOR = 8  # elements of 16 bytes
@@ -72,7 +72,7 @@ def refusal(
     if hidden_size % VECTOR or not VECTOR <= hidden_size <= MAX_HIDDEN_SIZE:
         return f"hidden size {hidden_size} must be a multiple of {VECTOR} and at most {MAX_HIDDEN_SIZE}"
     most = MAX_SOURCES + (op == "serve_step")
-    if op != "phase2_fwd" and not 1 <= num_sources <= most:
+    if not op.startswith("phase2") and not 1 <= num_sources <= most:
         return f"{num_sources} sources: {op} takes 1 to {most}" + (" (blocks and prefix)" if op == "serve_step" else "")
     if byte_alignment < ALIGNMENT:
         return f"every row must start at a multiple of {ALIGNMENT} bytes, not of {byte_alignment}"
@@ -306,6 +306,7 @@ class QueryGradConfig:
     key_weight: str | None
     d_query: str
     d_key_weight: str | None
+    d_output_weight: str | None = None  # of the partials' last row
     warps: ClassVar[int] = 8
 
     @property
@@ -318,9 +319,10 @@ def query_grad_config(
     key_weight: torch.dtype | None,
     d_query: torch.dtype,
     d_key_weight: torch.dtype | None,
+    d_output_weight: torch.dtype | None = None,
 ) -> QueryGradConfig:
     names = PARAMETER_DTYPES | {None: None}
-    return QueryGradConfig(names[query], names[key_weight], names[d_query], names[d_key_weight])
+    return QueryGradConfig(names[query], names[key_weight], names[d_query], names[d_key_weight], names[d_output_weight])
 
 
 def representative_configs() -> Iterator[tuple[str, Callable[[Any], Any], Any]]:
@@ -361,11 +363,15 @@ def representative_configs() -> Iterator[tuple[str, Callable[[Any], Any], Any]]:
     )
     for dtypes in (
         (bf16, bf16, bf16, bf16),
+        (fp32, bf16, fp32, bf16, fp16),
         (None, None, fp16, None),
         (fp32, bf16, fp32, bf16),
         (None, fp16, fp16, None),
     ):
         yield "query_grad", query_grad.build, query_grad_config(*dtypes)
+    from cute_kernels.config_phase2_bwd import phase2_bwd_configs
+
+    yield from phase2_bwd_configs()
     with contextlib.suppress(ModuleNotFoundError):
         from cute_kernels.config_phase1 import phase1_configs
 

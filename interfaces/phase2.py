@@ -270,7 +270,8 @@ def _backward(
     lse, d_lse = inter_lse.contiguous().view(-1), d_inter_lse.view(-1)
     d_key = None if key_weight is None else d_key_weight
     d_output = None if output_weight is None else d_output_weight
-    name = backends.choose_backward(contracts.spec("phase2_bwd", [d_out, partial, inter_out, d_partial]), backend)
+    storage = [d_out, partial, inter_out, d_partial, d_inter_out] + ([] if d_new_partial is None else [d_new_partial])
+    name = backends.choose_backward(contracts.spec("phase2_bwd", storage), backend)
     backends.launch(
         "phase2_bwd",
         name,

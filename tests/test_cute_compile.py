@@ -24,7 +24,7 @@ ACCEPTED = {
 }
 
 
-@pytest.mark.parametrize("op", ["mix_fwd", "serve_step", "phase2_fwd"])
+@pytest.mark.parametrize("op", ["mix_fwd", "serve_step", "phase2_fwd", "phase2_bwd"])
 @pytest.mark.parametrize("hidden_size", [8, 2048, 8192])
 def test_accepts(op: str, hidden_size: int) -> None:
     assert refusal(**ACCEPTED | {"op": op, "hidden_size": hidden_size}) is None
@@ -221,6 +221,7 @@ def test_launchers_import_without_the_dsl() -> None:
 
     code = (
         "import sys, cute_kernels.mix_fwd, cute_kernels.serve_step, cute_kernels.phase2_fwd, cute_kernels.query_grad;"
+        "import cute_kernels.phase2_bwd;"
         "assert not any(m.startswith('cutlass') for m in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
