@@ -82,8 +82,9 @@ class Phase2BwdConfig:
 
 def phase2_bwd_tile(hidden_size: int, rows: int) -> tuple[int, int, int]:
     """(warps, groups, stages)"""
-    wide = hidden_size > VECTOR * LANES * MAX_WARPS
-    warps = -(-hidden_size // (VECTOR * LANES * (1 + wide)))
+    narrow = -(-hidden_size // (VECTOR * LANES))
+    wide = not (narrow <= MAX_WARPS // 2 or MAX_WARPS - 2 <= narrow <= MAX_WARPS)
+    warps = -(-narrow // (1 + wide))
     groups = MAX_WARPS // warps
     pitch = (1 + wide) * warps * LANES * VECTOR
     tokens = FLIGHT_BYTES // (rows * pitch * ITEM_BYTES)

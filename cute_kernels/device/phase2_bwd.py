@@ -84,7 +84,7 @@ class Phase2BwdKernel:
         stream: cuda.CUstream,
     ):
         self.kernel(operands, Scalars(tokens, output_eps, scale)).launch(
-            grid=[grid, 1, 1], block=[self.config.threads, 1, 1], stream=stream, min_blocks_per_mp=1
+            grid=[grid, 1, 1], block=[self.config.threads, 1, 1], stream=stream, min_blocks_per_mp=1, use_pdl=True
         )
 
     @cute.kernel
@@ -109,6 +109,8 @@ class Phase2BwdKernel:
         first, step = block + group * grid, grid * config.groups
         if const_expr(config.pitch > config.hidden_size):
             self.clear_padding(s_own, part)
+        # The launch overlaps the end of the kernel before, whose results may be read from here on.
+        cute.arch.griddepcontrol_wait()
         for stage in cutlass.range_constexpr(config.stages - 1):
             self.fetch(s_own, stage, first + stage * step, part, operands, scalars)
         r_u = part.load_global(TYPES[config.query], operands.query)
