@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -18,7 +18,7 @@ MAX_SOURCES = 32
 ALIGNMENT = 16  # bytes: what a bulk copy and a 16-byte store need of every row's address
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 PARAMETER_DTYPES = DTYPES | {torch.float32: "fp32"}
-ROW_OPS = ("mix_fwd", "phase2_fwd", "serve_step")
+ROW_OPS = ("mix_fwd", "phase2_fwd", "phase2_bwd", "serve_step")
 
 LANES = 32
 VECTOR = 8  # elements of 16 bytes
@@ -90,7 +90,7 @@ def refusal(
     if hidden_size % VECTOR or not VECTOR <= hidden_size <= MAX_HIDDEN_SIZE:
         return f"hidden size {hidden_size} must be a multiple of {VECTOR} and at most {MAX_HIDDEN_SIZE}"
     most = MAX_SOURCES + (op == "serve_step")
-    if op != "phase2_fwd" and not 1 <= num_sources <= most:
+    if not op.startswith("phase2") and not 1 <= num_sources <= most:
         return f"{num_sources} sources: {op} takes 1 to {most}" + (" (blocks and prefix)" if op == "serve_step" else "")
     if byte_alignment < ALIGNMENT:
         return f"every row must start at a multiple of {ALIGNMENT} bytes, not of {byte_alignment}"
@@ -396,8 +396,36 @@ def row_config(
     )
 
 
+@dataclass(frozen=True)
+class QueryGradConfig:
+    """Static configuration of query_grad: dtypes as in RowConfig; sizes are dynamic."""
+
+    query: str | None  # read for d_key_weight
+    key_weight: str | None
+    d_query: str
+    d_key_weight: str | None
+    d_output_weight: str | None = None  # of the partials' last row
+    warps: ClassVar[int] = 8
+
+    @property
+    def shared_bytes(self) -> int:
+        return self.warps * LANES * 4
+
+
+def query_grad_config(
+    query: torch.dtype | None,
+    key_weight: torch.dtype | None,
+    d_query: torch.dtype,
+    d_key_weight: torch.dtype | None,
+    d_output_weight: torch.dtype | None = None,
+) -> QueryGradConfig:
+    names = PARAMETER_DTYPES | {None: None}
+    return QueryGradConfig(names[query], names[key_weight], names[d_query], names[d_key_weight], names[d_output_weight])
+
+
 def representative_configs() -> Iterator[tuple[str, Callable[[Any], Any], Any]]:
     """(op, build, config) of shapes that real models have and of every path through the kernels."""
+    from cute_kernels import query_grad
     from cute_kernels.mix_fwd import build
 
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
@@ -437,6 +465,17 @@ def representative_configs() -> Iterator[tuple[str, Callable[[Any], Any], Any]]:
         yield "serve_step", build, row_config(*step, tokens=tokens, delta=True, write_block=True)
         yield "phase2_fwd", build, row_config("phase2_fwd", fp16, 2304, 1, fp32, tokens=tokens, **logit)
     yield "mix_fwd", build, row_config("mix_fwd", fp16, 4096, 17, fp32, tokens=1, **saved, mixed=True, weights=True)
+    for dtypes in (
+        (bf16, bf16, bf16, bf16),
+        (fp32, bf16, fp32, bf16, fp16),
+        (None, None, fp16, None),
+        (fp32, bf16, fp32, bf16),
+        (None, fp16, fp16, None),
+    ):
+        yield "query_grad", query_grad.build, query_grad_config(*dtypes)
+    from cute_kernels.config_phase2_bwd import phase2_bwd_configs
+
+    yield from phase2_bwd_configs()
     with contextlib.suppress(ModuleNotFoundError):
         from cute_kernels.config_phase1 import phase1_configs
 

@@ -309,7 +309,8 @@ def fill_gradients(
     lse, d_lse = contracts.vector(inter_lse.contiguous()), contracts.vector(d_inter_lse)
     d_key = None if key_weight is None else d_key_weight
     d_output = None if output_weight is None else d_output_weight
-    name = backends.choose_backward(contracts.spec("phase2_bwd", [d_out, partial, inter_out, d_partial]), backend)
+    storage = [d_out, partial, inter_out, d_partial, d_inter_out] + ([] if d_new_partial is None else [d_new_partial])
+    name = backends.choose_backward(contracts.spec("phase2_bwd", storage), backend)
     backends.launch(
         "phase2_bwd",
         name,

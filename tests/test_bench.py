@@ -32,6 +32,7 @@ ELEMENTS = {
     "phase 2 forward T16384 D2048": 3,
     "phase 2 forward, delta and norm T16384 D7168": 5,
     "phase 2 backward T16384 D2048": 5,
+    "phase 2 backward, delta and norm T16384 D4096": 6,
     "serving step T8192 D7168 L9": 12,
     "decode step T1 D7168 L9": 12,
 }
@@ -68,6 +69,7 @@ SMALL = [
         "phase 1 backward T8192 D4096 N8 S16",
         "phase 2 forward, delta and norm T16384 D2048",
         "phase 2 backward T16384 D2048",
+        "phase 2 backward, delta and norm T16384 D2048",
         "serving step T8192 D7168 L9",
     )
 ]

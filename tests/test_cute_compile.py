@@ -38,7 +38,7 @@ ACCEPTED = {
 }
 
 
-@pytest.mark.parametrize("op", ["mix_fwd", "serve_step", "phase2_fwd"])
+@pytest.mark.parametrize("op", ["mix_fwd", "serve_step", "phase2_fwd", "phase2_bwd"])
 @pytest.mark.parametrize("hidden_size", [8, 2048, 8192])
 def test_accepts(op: str, hidden_size: int) -> None:
     assert refusal(**ACCEPTED | {"op": op, "hidden_size": hidden_size}) is None
@@ -243,6 +243,18 @@ def check_register_code(c: RowConfig, found: Inspection, vectors: int) -> None:
     assert len(re.findall(r"TRYWAIT", found.sass)) == (exchanges if c.tile.cluster > 1 else 0)
 
 
+@pytest.mark.parametrize("c", [c for op, _, c in config.representative_configs() if op == "query_grad"], ids=str)
+def test_query_grad_machine_code(c: config.QueryGradConfig) -> None:
+    from cute_kernels.inspect import inspect_kernel
+    from cute_kernels.query_grad import build
+
+    found = inspect_kernel("query_grad", build, c)
+    assert found.spill_bytes == 0
+    # 16 bytes at a time; those of 160 partials, one for each SM of an H200 and more, before the first addition.
+    loads, first_sum = [m.start() for m in re.finditer(r"LDG\.E\.128", found.sass)], found.sass.index("FADD")
+    assert sum(at < first_sum for at in loads) >= 5
+
+
 def test_limit_of_the_register_model() -> None:
     """The most sources of each register tier that the tile table takes in one piece, with everything optional on."""
     from cute_kernels.inspect import inspect_kernel
@@ -290,7 +302,8 @@ def test_launchers_import_without_the_dsl() -> None:
     import sys
 
     code = (
-        "import sys, cute_kernels.mix_fwd, cute_kernels.serve_step, cute_kernels.phase2_fwd;"
+        "import sys, cute_kernels.mix_fwd, cute_kernels.serve_step, cute_kernels.phase2_fwd, cute_kernels.query_grad;"
+        "import cute_kernels.phase2_bwd;"
         "assert not any(m.startswith('cutlass') for m in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

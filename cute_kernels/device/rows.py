@@ -296,6 +296,14 @@ def exp_difference(a: Float32, b: Float32) -> Float32:
     return cute.math.exp2((a - b) * Float32(LOG2_E), fastmath=True)
 
 
+def sigmoids(x: Float32) -> tuple[Float32, Float32]:
+    """sigmoid(x) and sigmoid(-x), each to a few ulps: 1 - p would be 0 for a large x."""
+    small = exp_difference(-cute.arch.fmax(x, -x), Float32(0.0))
+    large = cute.arch.rcp_approx(Float32(1.0) + small)
+    small = small * large
+    return select(x >= 0.0, large, small), select(x >= 0.0, small, large)
+
+
 def log(x: Float32) -> Float32:
     return cute.math.log2(x, fastmath=True) * Float32(LN_2)
 
