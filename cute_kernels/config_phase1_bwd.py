@@ -1,0 +1,230 @@
+"""What phase 1's backward kernel takes, and with which tiles: cluster, warps, ring, staging, the bytes they need.
+
+A function of the static shape alone (T never matters), so nothing is tuned in a user's call. Imports neither the DSL
+nor the kernel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cute_kernels.config import ALIGNMENT, DTYPES, ITEM_BYTES, LANES, MAX_HIDDEN_SIZE, SHARED_BYTES, VECTOR
+from cute_kernels.config_phase1 import CONSUMER_REGISTERS, OCTET, ceil_div, query_terms
+
+MAX_SOURCES = 8
+MAX_QUERIES = 32
+
+STEP = 32  # columns that one ldmatrix covers
+MAX_WARPS = 8
+OTHER_WARPS = 4  # a warpgroup: loads, statistics, stores; one is idle
+# Of a consumer, besides the query gradients: fragments, sums, addresses, operands.
+OTHER_REGISTERS = 76
+OPERAND_REGISTERS = 6  # for each octet of queries
+MAX_SLOTS = 4
+SCRATCH_BYTES = 1024  # alignment of the allocation
+
+
+@dataclass(frozen=True)
+class Phase1BwdTile:
+    """How a cluster works on a token: the hidden dimension is split over its CTAs, then over consumer warps."""
+
+    cluster: int
+    warps: int
+    columns: int  # of one warp
+    slots: int  # a slot holds one token's rows
+    stages: int  # a stage holds the gradients of one token's sources
+
+    @property
+    def cta_columns(self) -> int:
+        return self.warps * self.columns
+
+    @property
+    def row_bytes(self) -> int:
+        """A row in shared memory. With 16 bytes more than the columns have, eight rows start in different banks."""
+        return self.cta_columns * ITEM_BYTES + 16
+
+    @property
+    def consumer_warps(self) -> int:
+        """With idle ones: setmaxnreg works on warpgroups."""
+        return ceil_div(self.warps, 4) * 4
+
+    @property
+    def moves_registers(self) -> bool:
+        """Twelve warps would cap every thread at 168 registers."""
+        return self.consumer_warps > 4
+
+
+@dataclass(frozen=True)
+class Phase1BwdConfig:
+    """Static configuration of phase1_bwd; its repr is the key of the disk cache. dtypes are "bf16", "fp16", "fp32"."""
+
+    dtype: str
+    query: str
+    key_weight: str | None
+    hidden_size: int
+    num_sources: int
+    num_queries: int
+    d_lse: bool
+    accumulate: bool
+    tile: Phase1BwdTile
+
+    @property
+    def octets(self) -> int:
+        """Of queries."""
+        return ceil_div(self.num_queries, OCTET)
+
+    @property
+    def query_terms(self) -> int:
+        """Numbers of the storage dtype that an effective query is: two are more than the sources' gradients can show."""
+        return min(query_terms(self.dtype, self.query, self.key_weight), 2)
+
+    @property
+    def weight_terms(self) -> int:
+        """Numbers of the storage dtype that a weight of the query gradient is. With two bf16 numbers (17 bits), fp32
+        gradients would be off by 2e-6.
+        """
+        return 3 if self.dtype == "bf16" and "fp32" in (self.query, self.key_weight) else 2
+
+    @property
+    def slot_rows(self) -> int:
+        """Sources, gradients of outputs and, when they are added to, the sources' gradients."""
+        return self.num_sources * (2 if self.accumulate else 1) + self.num_queries
+
+    @property
+    def slot_bytes(self) -> int:
+        return self.slot_rows * self.tile.row_bytes
+
+    @property
+    def stage_bytes(self) -> int:
+        return self.num_sources * self.tile.row_bytes
+
+    @property
+    def query_bytes(self) -> int:
+        return self.query_terms * self.num_queries * self.tile.row_bytes
+
+    @property
+    def statistics_bytes(self) -> int:
+        """p and logits [8 octets, 8] each, two factors [8] of the sources, d_lse [8 octets]; all fp32."""
+        return self.octets * (2 * 256 + 32) + 2 * 32
+
+    @property
+    def partial_bytes(self) -> int:
+        """One warp's share of the products [8 octets, 8]."""
+        return self.octets * 256
+
+    @property
+    def exchange_bytes(self) -> int:
+        """Two buffers: of each warp's sums and, over a cluster, of each CTA's."""
+        shares = self.tile.warps + (self.tile.cluster if self.tile.cluster > 1 else 0)
+        return 2 * (shares * self.partial_bytes + self.statistics_bytes)
+
+    @property
+    def shared_bytes(self) -> int:
+        barriers = 8 * 2 * (self.tile.slots + self.tile.stages + 1)
+        rows = self.tile.slots * self.slot_bytes + self.tile.stages * self.stage_bytes + self.query_bytes
+        return rows + self.exchange_bytes + barriers + SCRATCH_BYTES
+
+    @property
+    def threads(self) -> int:
+        return (self.tile.consumer_warps + OTHER_WARPS) * LANES
+
+    @property
+    def ragged(self) -> bool:
+        """Whether the last columns of the last warps lie beyond the row's end."""
+        return self.tile.cluster * self.tile.cta_columns != self.hidden_size
+
+
+def phase1_bwd_config(
+    *,
+    dtype: str,
+    query: str,
+    key_weight: str | None,
+    hidden_size: int,
+    num_sources: int,
+    num_queries: int,
+    d_lse: bool = True,
+    accumulate: bool = False,
+) -> Phase1BwdConfig | None:
+    """The configuration of a launch, or None where a token's rows or the queries' gradients do not fit a cluster of 8."""
+    tile = Phase1BwdTile(1, 1, STEP, 1, 1)
+    config = Phase1BwdConfig(
+        dtype, query, key_weight, hidden_size, num_sources, num_queries, d_lse, accumulate, tile
+    )
+    # Products of one token are made before the gradients of the last, so a third slot is what loads go to meanwhile.
+    for slots, stages in ((3, 2), (3, 1), (2, 1)):
+        for cluster in (1, 2, 4, 8):
+            found = _tile(config, cluster, slots, stages)
+            if found:
+                return found
+    return None
+
+
+def _tile(config: Phase1BwdConfig, cluster: int, slots: int, stages: int) -> Phase1BwdConfig | None:
+    """With as many slots as fit, at least `slots`."""
+    steps = ceil_div(config.hidden_size, STEP)
+    per_cta = ceil_div(steps, cluster)
+    if (cluster - 1) * per_cta >= steps:
+        return None
+    fewest = ceil_div(per_cta, MAX_WARPS)
+    # The least padding, then the most warps.
+    for per_warp in sorted((fewest, fewest + 1), key=lambda k: (ceil_div(per_cta, k) * k, k)):
+        tile = Phase1BwdTile(cluster, ceil_div(per_cta, per_warp), per_warp * STEP, slots, stages)
+        gradients = config.octets * tile.columns // 4
+        if gradients + OTHER_REGISTERS + OPERAND_REGISTERS * config.octets > CONSUMER_REGISTERS:
+            continue
+        found = dataclasses.replace(config, tile=tile)
+        if found.shared_bytes > SHARED_BYTES:
+            continue
+        more = (SHARED_BYTES - found.shared_bytes) // (found.slot_bytes + 16)
+        return dataclasses.replace(found, tile=dataclasses.replace(tile, slots=min(slots + more, MAX_SLOTS)))
+    return None
+
+
+def phase1_bwd_refusal(
+    *, dtype: torch.dtype, hidden_size: int, num_sources: int, num_queries: int, byte_alignment: int
+) -> str | None:
+    """Why the kernel cannot take this call, or None."""
+    if dtype not in DTYPES:
+        return f"dtype {str(dtype).removeprefix('torch.')} is not supported by phase1_bwd: use bfloat16 or float16"
+    if hidden_size % VECTOR or not VECTOR <= hidden_size <= MAX_HIDDEN_SIZE:
+        return f"hidden size {hidden_size} must be a multiple of {VECTOR} and at most {MAX_HIDDEN_SIZE}"
+    if not 1 <= num_sources <= MAX_SOURCES:
+        return f"{num_sources} sources: phase1_bwd takes 1 to {MAX_SOURCES}"
+    if not 1 <= num_queries <= MAX_QUERIES:
+        return f"{num_queries} queries: phase1_bwd takes 1 to {MAX_QUERIES}"
+    if byte_alignment < ALIGNMENT:
+        return f"every row must start at a multiple of {ALIGNMENT} bytes, not of {byte_alignment}"
+    if not _largest_fits(DTYPES[dtype], hidden_size, num_sources, num_queries):
+        return f"{num_sources} sources and {num_queries} queries of hidden size {hidden_size} do not fit in a cluster"
+    return None
+
+
+def _largest_fits(dtype: str, hidden_size: int, num_sources: int, num_queries: int) -> bool:
+    shape: dict[str, Any] = {"hidden_size": hidden_size, "num_sources": num_sources, "num_queries": num_queries}
+    return phase1_bwd_config(dtype=dtype, query=dtype, key_weight=None, **shape) is not None
+
+
+def phase1_bwd_configs() -> Iterator[tuple[str, Callable[[Any], Any], Phase1BwdConfig]]:
+    """(op, build, config) of shapes that together take every path through the kernel."""
+    from cute_kernels.phase1_bwd import build
+
+    def config(hidden_size: int, num_sources: int, num_queries: int, **given: Any) -> Phase1BwdConfig:
+        given = {"dtype": "bf16", "query": "bf16", "key_weight": None} | given
+        found = phase1_bwd_config(
+            hidden_size=hidden_size, num_sources=num_sources, num_queries=num_queries, **given
+        )
+        assert found is not None
+        return found
+
+    yield "phase1_bwd", build, config(2048, 4, 8)
+    yield "phase1_bwd", build, config(4096, 8, 16)
+    yield "phase1_bwd", build, config(7168, 8, 24)
+    yield "phase1_bwd", build, config(2048, 8, 16, query="fp32", key_weight="bf16", accumulate=True)
+    yield "phase1_bwd", build, config(2304, 5, 12, dtype="fp16", query="fp16", d_lse=False)
+    yield "phase1_bwd", build, config(384, 8, 32, dtype="fp16", query="fp32", key_weight="fp32", accumulate=True)
+    yield "phase1_bwd", build, config(8, 1, 1)
