@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from cute_kernels.config import ALIGNMENT, DTYPES, ITEM_BYTES, LANES, MAX_HIDDEN_SIZE, SHARED_BYTES, VECTOR
-from cute_kernels.config_phase1 import CONSUMER_REGISTERS, OCTET, ceil_div, query_terms
+from cute_kernels.config_phase1 import OCTET, ceil_div, query_terms
 
 MAX_SOURCES = 8
 MAX_QUERIES = 32
@@ -22,9 +22,12 @@ MAX_QUERIES = 32
 STEP = 32  # columns that one ldmatrix covers
 MAX_WARPS = 8
 OTHER_WARPS = 4  # a warpgroup: loads, statistics, stores; one is idle
-# Of a consumer, besides the query gradients: fragments, sums, addresses, operands.
-OTHER_REGISTERS = 76
-OPERAND_REGISTERS = 6  # for each octet of queries
+# Of the statistics warp and of a consumer, after setmaxnreg
+OTHER_REGISTERS = 56
+CONSUMER_REGISTERS = 224
+# Of a consumer, for the query gradients. Where they are added apart from the tensor core's sums, more spilled.
+GRADIENT_REGISTERS = 96
+APART_REGISTERS = 64
 MAX_SLOTS = 4
 SCRATCH_BYTES = 1024  # alignment of the allocation
 
@@ -38,6 +41,8 @@ class Phase1BwdTile:
     columns: int  # of one warp
     slots: int  # a slot holds one token's rows
     stages: int  # a stage holds the gradients of one token's sources
+    # Whether products of one token are made before the gradients of the last: hides the exchange, for one more slot
+    ahead: bool
 
     @property
     def cta_columns(self) -> int:
@@ -89,6 +94,14 @@ class Phase1BwdConfig:
         gradients would be off by 2e-6.
         """
         return 3 if self.dtype == "bf16" and "fp32" in (self.query, self.key_weight) else 2
+
+    @property
+    def adds_apart(self) -> bool:
+        """Whether du is added up apart from the tensor core, whose sums are truncated: by 5e-6 over a hundred tokens.
+
+        (And fp16 products have a scale of their own.)
+        """
+        return self.dtype == "fp16" or self.weight_terms > 2
 
     @property
     def slot_rows(self) -> int:
@@ -151,7 +164,7 @@ def phase1_bwd_config(
     accumulate: bool = False,
 ) -> Phase1BwdConfig | None:
     """The configuration of a launch, or None where a token's rows or the queries' gradients do not fit a cluster of 8."""
-    tile = Phase1BwdTile(1, 1, STEP, 1, 1)
+    tile = Phase1BwdTile(1, 1, STEP, 1, 1, False)
     config = Phase1BwdConfig(
         dtype, query, key_weight, hidden_size, num_sources, num_queries, d_lse, accumulate, tile
     )
@@ -173,9 +186,8 @@ def _tile(config: Phase1BwdConfig, cluster: int, slots: int, stages: int) -> Pha
     fewest = ceil_div(per_cta, MAX_WARPS)
     # The least padding, then the most warps.
     for per_warp in sorted((fewest, fewest + 1), key=lambda k: (ceil_div(per_cta, k) * k, k)):
-        tile = Phase1BwdTile(cluster, ceil_div(per_cta, per_warp), per_warp * STEP, slots, stages)
-        gradients = config.octets * tile.columns // 4
-        if gradients + OTHER_REGISTERS + OPERAND_REGISTERS * config.octets > CONSUMER_REGISTERS:
+        tile = Phase1BwdTile(cluster, ceil_div(per_cta, per_warp), per_warp * STEP, slots, stages, slots > 2)
+        if config.octets * tile.columns // 4 > (APART_REGISTERS if config.adds_apart else GRADIENT_REGISTERS):
             continue
         found = dataclasses.replace(config, tile=tile)
         if found.shared_bytes > SHARED_BYTES:

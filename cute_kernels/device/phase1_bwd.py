@@ -27,8 +27,8 @@ import cutlass.cute as cute
 from cutlass import Float16, Float32, Int32, Int64, const_expr
 
 from cute_kernels.config import ITEM_BYTES, LANES, VECTOR
-from cute_kernels.config_phase1 import CONSUMER_REGISTERS, OCTET, PRODUCER_REGISTERS
-from cute_kernels.config_phase1_bwd import STEP, Phase1BwdConfig
+from cute_kernels.config_phase1 import OCTET
+from cute_kernels.config_phase1_bwd import CONSUMER_REGISTERS, OTHER_REGISTERS, STEP, Phase1BwdConfig
 from cute_kernels.device.mma import (
     Pair,
     bulk_load,
@@ -127,6 +127,7 @@ class Phase1BwdKernel:
         self.dtype = TYPES[config.dtype]
         self.warp_columns = config.tile.columns
         self.ragged = config.ragged
+        self.adds_apart = config.adds_apart
         # A row's first bytes in its slot
         self.d_out_at = config.num_sources * config.tile.row_bytes
         self.addend_at = self.d_out_at + config.num_queries * config.tile.row_bytes
@@ -210,7 +211,7 @@ class Phase1BwdKernel:
         first = tile.consumer_warps
         if warp >= first:
             if const_expr(tile.moves_registers):
-                cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
+                cute.arch.setmaxregister_decrease(OTHER_REGISTERS)
             if warp == first:
                 with cute.arch.elect_one():
                     self.load(memory, self.work(tokens), d_out, sources, strides, d_sources, d_strides)
@@ -436,15 +437,20 @@ class Phase1BwdKernel:
         # [octets, tiles, 2] fp32: query c of the octet, columns 2q and 2q + 1 of the tile
         r_du = cute.make_rmem_tensor((2, self.warp_columns // 8, config.octets), Float32)
         r_du.fill(0.0)
-        # One turn more than there are tokens: each part of the code is there once.
-        for turn in cutlass.range(work.items + 1, unroll=1):
-            if turn < work.items:
+        if const_expr(self.tile.ahead):
+            # One turn more than there are tokens: each part of the code is there once.
+            for turn in cutlass.range(work.items + 1, unroll=1):
+                if turn < work.items:
+                    self.products(memory, lane, turn)
+                if turn > 0:
+                    self.mix(memory, lane, turn - 1, self.weights(memory, lane, turn - 1), r_du)
+                if turn < work.items:
+                    self.exchange(memory, work, lane, turn)
+        else:
+            for turn in cutlass.range(work.items, unroll=1):
                 self.products(memory, lane, turn)
-            if turn > 0:
-                weights = self.weights(memory, lane, turn - 1)
-                self.mix(memory, lane, turn - 1, weights, r_du)
-            if turn < work.items:
                 self.exchange(memory, work, lane, turn)
+                self.mix(memory, lane, turn, self.weights(memory, lane, turn), r_du)
         self.store_du(work, lane, du, r_du)
 
     def slot(self, memory: Memory, turn: Int32) -> tuple[Int32, Int32, Int32]:
@@ -580,10 +586,7 @@ class Phase1BwdKernel:
         return power_of_two_scale(peak)
 
     def mix(self, memory: Memory, lane: Lane, turn: Int32, weights: Weights, r_du: cute.Tensor) -> None:
-        """A token's gradients of sources over the warp's columns, rounded, into the staging buffer; adds to du.
-
-        Products with sources start from zero and are added in fp32 registers: the tensor core's own sums are truncated.
-        """
+        """A token's gradients of sources over the warp's columns, rounded, into the staging buffer; adds to du."""
         config, tile = self.config, self.tile
         index, _, slot = self.slot(memory, turn)
         (sources,) = self.octet_rows(lane, slot, config.num_sources)
@@ -598,29 +601,23 @@ class Phase1BwdKernel:
         cute.arch.mbarrier_wait(memory.stored + stage_index, ((turn // tile.stages) & 1) ^ 1)
         for step in range(self.warp_columns // STEP):
             columns = step * STEP * ITEM
+            rows = ldmatrix(sources[0], columns, transposed=True)
+            pulls = [self.add_products(weights, row, r_du, step * TILES + k) for k, row in enumerate(rows)]
+            # Here and at the end: keeps the compiler from hoisting loads and products, which spilled.
+            cute.arch.sync_warp()
             sums: list[list[Float32] | None] = [None] * TILES
             for (address, offset), weight in factors:
                 rows = ldmatrix(address, offset + columns, transposed=True)
                 sums = [mma_k8(self.dtype, weight, row, total) for row, total in zip(rows, sums, strict=True)]
-            rows = ldmatrix(sources[0], columns, transposed=True)
-            added = [self.of_sources(weights, row) for row in rows]
             given = ldmatrix(addends[0][0], columns) if config.accumulate else None
             for k in range(TILES):
-                for octet in range(config.octets):
-                    for e in range(2):
-                        at = (e, step * TILES + k, octet)
-                        value = added[k][octet][e]
-                        if weights.unscale is not None:
-                            value = value * weights.unscale
-                        r_du[at] = r_du[at] + value
-                d_source = [sums[k][e] + sums[k][2 + e] + added[k][config.octets][e] for e in range(2)]
+                d_source = [sums[k][e] + sums[k][2 + e] + pulls[k][e] for e in range(2)]
                 if weights.unscale is not None:
                     d_source = [value * weights.unscale for value in d_source]
                 if given is not None:
                     d_source = [value + old for value, old in zip(d_source, unpack(self.dtype, given[k]), strict=True)]
                 packed = pack(self.dtype, *d_source)
                 store_shared(stage, columns + k * 16, [packed], lane.c < config.num_sources)
-            # Keeps the compiler from hoisting every step's loads and products.
             cute.arch.sync_warp()
         cute.arch.fence_view_async_shared()
         cute.arch.sync_warp()
@@ -628,18 +625,29 @@ class Phase1BwdKernel:
             cute.arch.mbarrier_arrive(memory.staged + stage_index)
             cute.arch.mbarrier_arrive(memory.empty + index)
 
-    def of_sources(self, weights: Weights, row: Pair) -> list[list[Float32]]:
-        """[octets + 1][2]: the octets' shares of du and the pull, from a tile of sources. Octets share an mma by twos."""
-        operands, zero = weights.of_sources, Int32(0)
-        results = []
-        for i in range(0, len(operands), 2):
+    def add_products(self, weights: Weights, row: Pair, r_du: cute.Tensor, tile: int) -> list[Float32]:
+        """Adds to du what a tile of sources gives; returns the pull. Operands share an mma by twos.
+
+        Where fp32 gradients are wanted, products start from zero and are added in fp32 registers: the tensor core's
+        own sums are truncated, by 5e-6 over a hundred tokens. (And fp16 products have a scale of their own.)
+        """
+        octets, zero = self.config.octets, Float32(0.0)
+        operands, pull = weights.of_sources, None
+        for i in range(0, octets + 1, 2):
             pair = operands[i : i + 2]
-            total = None
+            held = [(r_du[0, tile, o], r_du[1, tile, o]) if o < octets else (zero, zero) for o in (i, i + 1)]
+            total = None if self.adds_apart or i == octets else [*held[0], *held[1]]
             for term in range(max(len(terms) for terms in pair)):
-                a = [terms[term] if term < len(terms) else zero for terms in pair] + [zero]
+                a = [terms[term] if term < len(terms) else Int32(0) for terms in pair] + [Int32(0)]
                 total = mma_k8(self.dtype, (a[0], a[1]), row, total)
-            results += [total[:2], total[2:]]
-        return results[: len(operands)]
+            for octet, part in ((i, total[:2]), (i + 1, total[2:])):
+                if octet == octets:
+                    pull = part
+                elif octet < octets:
+                    for e in range(2):
+                        value = part[e] if weights.unscale is None else part[e] * weights.unscale
+                        r_du[e, tile, octet] = r_du[e, tile, octet] + value if self.adds_apart else value
+        return pull
 
     def store_du(self, work: Work, lane: Lane, du: Int64, r_du: cute.Tensor) -> None:
         """This warp's columns of the cluster's du."""
