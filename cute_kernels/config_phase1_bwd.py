@@ -20,16 +20,23 @@ MAX_SOURCES = 8
 MAX_QUERIES = 32
 
 STEP = 32  # columns that one ldmatrix covers
+PIECE = 16  # a warp's columns are a multiple of it
 MAX_WARPS = 8
-OTHER_WARPS = 4  # a warpgroup: loads, statistics, stores; one is idle
+OTHER_WARPS = 4  # a warpgroup: loads, statistics, stores, loads of what is added to
 # Of the statistics warp and of a consumer, after setmaxnreg
-OTHER_REGISTERS = 56
-CONSUMER_REGISTERS = 224
-# Of a consumer, for the query gradients. Where they are added apart from the tensor core's sums, more spilled.
-GRADIENT_REGISTERS = 96
-APART_REGISTERS = 64
-MAX_SLOTS = 4
+OTHER_REGISTERS = 40
+CONSUMER_REGISTERS = 232
+# Of a consumer, for gradients, and columns of one warp: more spilled.
+GRADIENT_REGISTERS = 112
+MAX_COLUMNS = 256
+MAX_SLOTS = 4  # of tokens
 SCRATCH_BYTES = 1024  # alignment of the allocation
+
+# Of an item, an octet of queries of one token; all fp32. Products [8, 8]:
+PARTIAL_BYTES = 256
+# p and logits [8, 8], two factors of the sources [8], d_lse [8]
+P_AT, LOGITS_AT, FACTORS_AT, PULLS_AT, D_LSE_AT, STATISTICS_BYTES = 0, 256, 512, 544, 576, 608
+BUFFERS = 4  # of them; device/phase1_bwd.py says why
 
 
 @dataclass(frozen=True)
@@ -39,10 +46,9 @@ class Phase1BwdTile:
     cluster: int
     warps: int
     columns: int  # of one warp
-    slots: int  # a slot holds one token's rows
+    source_slots: int  # a slot holds one token's sources
+    output_slots: int  # a slot holds the gradients of one octet of outputs
     stages: int  # a stage holds the gradients of one token's sources
-    # Whether products of one token are made before the gradients of the last: hides the exchange, for one more slot
-    ahead: bool
 
     @property
     def cta_columns(self) -> int:
@@ -103,14 +109,26 @@ class Phase1BwdConfig:
         """
         return self.dtype == "fp16" or self.weight_terms > 2
 
-    @property
-    def slot_rows(self) -> int:
-        """Sources, gradients of outputs and, when they are added to, the sources' gradients."""
-        return self.num_sources * (2 if self.accumulate else 1) + self.num_queries
+    def octet_rows(self, octet: int) -> int:
+        """Queries in an octet."""
+        return min(self.num_queries - octet * OCTET, OCTET)
 
     @property
-    def slot_bytes(self) -> int:
-        return self.slot_rows * self.tile.row_bytes
+    def source_slot_rows(self) -> int:
+        """Sources and, when they are added to, their gradients."""
+        return self.num_sources * (2 if self.accumulate else 1)
+
+    @property
+    def source_slot_bytes(self) -> int:
+        return self.source_slot_rows * self.tile.row_bytes
+
+    @property
+    def output_slot_bytes(self) -> int:
+        return self.octet_rows(0) * self.tile.row_bytes
+
+    @property
+    def ring_bytes(self) -> int:
+        return self.tile.source_slots * self.source_slot_bytes + self.tile.output_slots * self.output_slot_bytes
 
     @property
     def stage_bytes(self) -> int:
@@ -121,26 +139,22 @@ class Phase1BwdConfig:
         return self.query_terms * self.num_queries * self.tile.row_bytes
 
     @property
-    def statistics_bytes(self) -> int:
-        """p and logits [8 octets, 8] each, two factors [8] of the sources, d_lse [8 octets]; all fp32."""
-        return self.octets * (2 * 256 + 32) + 2 * 32
-
-    @property
-    def partial_bytes(self) -> int:
-        """One warp's share of the products [8 octets, 8]."""
-        return self.octets * 256
-
-    @property
     def exchange_bytes(self) -> int:
-        """Two buffers: of each warp's sums and, over a cluster, of each CTA's."""
+        """Statistics, each warp's sums and, over a cluster, each CTA's."""
         shares = self.tile.warps + (self.tile.cluster if self.tile.cluster > 1 else 0)
-        return 2 * (shares * self.partial_bytes + self.statistics_bytes)
+        return BUFFERS * (shares * PARTIAL_BYTES + STATISTICS_BYTES)
 
     @property
     def shared_bytes(self) -> int:
-        barriers = 8 * 2 * (self.tile.slots + self.tile.stages + 1)
-        rows = self.tile.slots * self.slot_bytes + self.tile.stages * self.stage_bytes + self.query_bytes
+        tile = self.tile
+        barriers = 8 * (2 * (tile.source_slots + tile.output_slots + tile.stages) + BUFFERS)
+        rows = self.ring_bytes + self.query_bytes + tile.stages * self.stage_bytes
         return rows + self.exchange_bytes + barriers + SCRATCH_BYTES
+
+    @property
+    def gradient_registers(self) -> int:
+        """Of a consumer: for du and, where they are added up over octets, the sources' gradients."""
+        return (self.octets + (self.octets > 1)) * self.tile.columns // 4
 
     @property
     def threads(self) -> int:
@@ -164,37 +178,51 @@ def phase1_bwd_config(
     accumulate: bool = False,
 ) -> Phase1BwdConfig | None:
     """The configuration of a launch, or None where a token's rows or the queries' gradients do not fit a cluster of 8."""
-    tile = Phase1BwdTile(1, 1, STEP, 1, 1, False)
-    config = Phase1BwdConfig(
-        dtype, query, key_weight, hidden_size, num_sources, num_queries, d_lse, accumulate, tile
-    )
-    # Products of one token are made before the gradients of the last, so a third slot is what loads go to meanwhile.
-    for slots, stages in ((3, 2), (3, 1), (2, 1)):
+    tile = Phase1BwdTile(1, 1, PIECE, 2, 2, 1)
+    config = Phase1BwdConfig(dtype, query, key_weight, hidden_size, num_sources, num_queries, d_lse, accumulate, tile)
+    # Two tokens are in work at once, so a third is what loads go to meanwhile (measured on an H200, with two: 0.848 ->
+    # 0.507 of copy bandwidth); of more than one octet, some are free earlier.
+    octets = config.octets
+    for slots in ((3, 3 * octets), (2, 2 * octets + 1), (2, octets + 1), (2, 2)):
         for cluster in (1, 2, 4, 8):
-            found = _tile(config, cluster, slots, stages)
+            found = _tile(config, cluster, *slots)
             if found:
                 return found
     return None
 
 
-def _tile(config: Phase1BwdConfig, cluster: int, slots: int, stages: int) -> Phase1BwdConfig | None:
-    """With as many slots as fit, at least `slots`."""
-    steps = ceil_div(config.hidden_size, STEP)
-    per_cta = ceil_div(steps, cluster)
-    if (cluster - 1) * per_cta >= steps:
+def _tile(config: Phase1BwdConfig, cluster: int, sources: int, outputs: int) -> Phase1BwdConfig | None:
+    """With as many slots as fit, at least those given."""
+    pieces = ceil_div(config.hidden_size, PIECE)
+    per_cta = ceil_div(pieces, cluster)
+    if (cluster - 1) * per_cta >= pieces:
         return None
     fewest = ceil_div(per_cta, MAX_WARPS)
     # The least padding, then the most warps.
     for per_warp in sorted((fewest, fewest + 1), key=lambda k: (ceil_div(per_cta, k) * k, k)):
-        tile = Phase1BwdTile(cluster, ceil_div(per_cta, per_warp), per_warp * STEP, slots, stages, slots > 2)
-        if config.octets * tile.columns // 4 > (APART_REGISTERS if config.adds_apart else GRADIENT_REGISTERS):
-            continue
+        tile = Phase1BwdTile(cluster, ceil_div(per_cta, per_warp), per_warp * PIECE, sources, outputs, 1)
         found = dataclasses.replace(config, tile=tile)
+        if found.gradient_registers > GRADIENT_REGISTERS or tile.columns > MAX_COLUMNS:
+            continue
         if found.shared_bytes > SHARED_BYTES:
             continue
-        more = (SHARED_BYTES - found.shared_bytes) // (found.slot_bytes + 16)
-        return dataclasses.replace(found, tile=dataclasses.replace(tile, slots=min(slots + more, MAX_SLOTS)))
+        return _fill(found)
     return None
+
+
+def _fill(config: Phase1BwdConfig) -> Phase1BwdConfig:
+    """With more slots, sources and outputs in step, while they fit."""
+    while config.tile.output_slots < MAX_SLOTS * config.octets:
+        tile = config.tile
+        if tile.source_slots * config.octets < tile.output_slots:
+            tile = dataclasses.replace(tile, source_slots=tile.source_slots + 1)
+        else:
+            tile = dataclasses.replace(tile, output_slots=tile.output_slots + 1)
+        more = dataclasses.replace(config, tile=tile)
+        if more.shared_bytes > SHARED_BYTES:
+            break
+        config = more
+    return config
 
 
 def phase1_bwd_refusal(
@@ -218,7 +246,7 @@ def phase1_bwd_refusal(
 
 def _largest_fits(dtype: str, hidden_size: int, num_sources: int, num_queries: int) -> bool:
     shape: dict[str, Any] = {"hidden_size": hidden_size, "num_sources": num_sources, "num_queries": num_queries}
-    return phase1_bwd_config(dtype=dtype, query=dtype, key_weight=None, **shape) is not None
+    return phase1_bwd_config(dtype=dtype, query="fp32", key_weight="fp32", accumulate=True, **shape) is not None
 
 
 def phase1_bwd_configs() -> Iterator[tuple[str, Callable[[Any], Any], Phase1BwdConfig]]:

@@ -3,18 +3,20 @@
     a_sn = <do_s, v_n>      h_sn = p_sn (a_sn - sum_k p_sk a_sk + d_lse_s)      g_sn = scale * rstd_n * h_sn
     d_v_n = sum_s p_sn do_s + sum_s g_sn u_s - (rstd_n^2 / D) (sum_s logit_sn h_sn) v_n      du_s = sum_tokens sum_n g_sn v_n
 
-The hidden dimension is split over the CTAs of a cluster, then over consumer warps; all walk the same tokens. Per token,
-a warp does
+An *item* is an octet of queries of one token: gradients of different queries meet only in d_v, whose sums stay in
+registers from a token's first item to its last. The hidden dimension is split over the CTAs of a cluster, then over
+consumer warps; all walk the same items. Per item, a warp does
 
-    products   gradients of outputs [8s x D-slice] times sources^T [D-slice x 8]
+    products   gradients of outputs [8 x D-slice] times sources^T [D-slice x 8]
     exchange   sums of these over all warps and CTAs: each warp adds up one share and sends it to every CTA
     weights    in every warp, from the sums: p, g and the pull become mma operands in place
-    mix        p^T and g^T [8 high and 8 low x 8s] times gradients of outputs and queries [8s x D-slice], and
-               g and the pull [8s x 8] times sources [8 x D-slice], which adds to du in registers
+    mix        p^T and g^T [8 high and 8 low x 8] times gradients of outputs and queries [8 x D-slice]; and, two of
+               them together, g of the items and the pull [8 x 8] times sources [8 x D-slice], which adds to du in
+               registers
 
-in the order products(k + 1), weights(k), mix(k), exchange(k + 1), so that no warp waits for a sum that was sent just
-before. Three more warps work beside them: one keeps a ring of slots full, each the rows of a token; one fetches the
-token's statistics; one stores the sources' gradients that consumers stage in shared memory.
+in the order products(i + 1), exchange(i + 1), weights(i), mix(i), so that sums have a mix's time to cross the cluster.
+Three more warps work beside them: one keeps two rings full, of tokens' sources and of items' gradients; one fetches
+the items' statistics; one stores the sources' gradients that consumers stage in shared memory.
 
 Rows are read from device memory once. Deterministic: every sum has a fixed order.
 """
@@ -28,7 +30,21 @@ from cutlass import Float16, Float32, Int32, Int64, const_expr
 
 from cute_kernels.config import ITEM_BYTES, LANES, VECTOR
 from cute_kernels.config_phase1 import OCTET
-from cute_kernels.config_phase1_bwd import CONSUMER_REGISTERS, OTHER_REGISTERS, STEP, Phase1BwdConfig
+from cute_kernels.config_phase1_bwd import (
+    BUFFERS,
+    CONSUMER_REGISTERS,
+    D_LSE_AT,
+    FACTORS_AT,
+    LOGITS_AT,
+    OTHER_REGISTERS,
+    P_AT,
+    PARTIAL_BYTES,
+    PULLS_AT,
+    SCRATCH_BYTES,
+    STATISTICS_BYTES,
+    STEP,
+    Phase1BwdConfig,
+)
 from cute_kernels.device.mma import (
     Pair,
     bulk_load,
@@ -62,29 +78,33 @@ class Memory:
 
     def __init__(self, config: Phase1BwdConfig, base: cute.Pointer):
         tile = config.tile
-        # [slots, slot_rows, row_bytes]: sources, gradients of outputs, gradients of sources that are added to
-        self.ring = Int32(base.toint())
+        # [source_slots, N, row_bytes]; twice N rows when gradients are added to: they come second
+        self.sources = Int32(base.toint())
+        # [output_slots, up to 8, row_bytes]
+        outputs_at = tile.source_slots * config.source_slot_bytes
+        self.outputs = self.sources + outputs_at
         # [terms, S, row_bytes]
-        queries_at = tile.slots * config.slot_bytes
-        self.queries = self.ring + queries_at
+        queries_at = outputs_at + tile.output_slots * config.output_slot_bytes
+        self.queries = self.sources + queries_at
         # [stages, N, row_bytes]
         stage_at = queries_at + config.query_bytes
-        self.stage = self.ring + stage_at
-        # [2 buffers, statistics_bytes]
+        self.stage = self.sources + stage_at
+        # [BUFFERS, STATISTICS_BYTES]
         statistics_at = stage_at + tile.stages * config.stage_bytes
-        self.statistics = self.ring + statistics_at
-        # [2 buffers, warps, partial_bytes]
-        partial_at = statistics_at + 2 * config.statistics_bytes
-        self.partial = self.ring + partial_at
-        # [2 buffers, CTAs of the cluster, partial_bytes]
-        self.reduced = self.partial + 2 * tile.warps * config.partial_bytes
+        self.statistics = self.sources + statistics_at
+        # [BUFFERS, warps, PARTIAL_BYTES]
+        self.partial = self.statistics + BUFFERS * STATISTICS_BYTES
+        # [BUFFERS, CTAs of the cluster, PARTIAL_BYTES]
+        self.reduced = self.partial + BUFFERS * tile.warps * PARTIAL_BYTES
         barriers = cute.recast_ptr(base + (statistics_at + config.exchange_bytes), dtype=Int64)
         # [slots]: the slot's bytes have landed; every warp is done with it
-        self.full, self.empty = barriers, barriers + tile.slots
+        self.sources_full, self.sources_empty = barriers, barriers + tile.source_slots
+        self.outputs_full = barriers + 2 * tile.source_slots
+        self.outputs_empty = self.outputs_full + tile.output_slots
         # [stages]: every warp has written its columns; the stores have read them
-        self.staged = barriers + 2 * tile.slots
+        self.staged = self.outputs_empty + tile.output_slots
         self.stored = self.staged + tile.stages
-        # [2 buffers]: every share of the totals is there
+        # [BUFFERS]: every share of the totals is there
         self.reduced_ready = self.stored + tile.stages
         self.reduced_ready_address = Int32(self.reduced_ready.toint())
 
@@ -110,14 +130,35 @@ class Statistics(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """A token's weights as mma operands, octets of queries in turn."""
+    """An item's weights as mma operands."""
 
-    # [octets] (high, low): rows are sources, K the octet's queries
-    p: list[tuple[Pair, Pair]]
-    g: list[tuple[Pair, Pair]]
-    # [octets + 1][terms]: rows are the octet's queries, K the sources; last comes the pull, on its diagonal
-    of_sources: list[list[Pair]]
+    # (high, low): rows are sources, K the queries
+    p: tuple[Pair, Pair]
+    g: tuple[Pair, Pair]
+    # [terms]: rows are queries, K the sources
+    du: list[Pair]
+    # (high, low), on the diagonal of sources and sources: with a token's last item only
+    pull: list[Pair]
     # undoes the power of two of fp16 weights
+    unscale: Float32 | None
+
+
+class Sums(NamedTuple):
+    """What a consumer thread adds up: fp32 registers, of query or source c, columns 2q and 2q + 1 of the warp's tiles."""
+
+    du: cute.Tensor  # (2, tiles, octets): over all tokens
+    d_sources: cute.Tensor  # (2, tiles): over the items of a token
+    pull: cute.Tensor  # (2,): this lane's part for sources 2q and 2q + 1, over the items of a token
+    # What an even octet leaves to the next one, so that their products with sources fill an mma: terms, unscale
+    held: cute.Tensor
+    held_unscale: cute.Tensor
+
+
+class Product(NamedTuple):
+    """Eight rows of an mma with sources."""
+
+    terms: list[Pair]
+    octet: int | None  # of du; None: the pull
     unscale: Float32 | None
 
 
@@ -127,10 +168,6 @@ class Phase1BwdKernel:
         self.dtype = TYPES[config.dtype]
         self.warp_columns = config.tile.columns
         self.ragged = config.ragged
-        self.adds_apart = config.adds_apart
-        # A row's first bytes in its slot
-        self.d_out_at = config.num_sources * config.tile.row_bytes
-        self.addend_at = self.d_out_at + config.num_queries * config.tile.row_bytes
 
     @cute.jit
     def __call__(
@@ -198,7 +235,7 @@ class Phase1BwdKernel:
         tile = self.tile
         thread, _, _ = cute.arch.thread_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        base = cutlass.utils.SmemAllocator().allocate(self.config.shared_bytes - 1024, 1024)
+        base = cutlass.utils.SmemAllocator().allocate(self.config.shared_bytes - SCRATCH_BYTES, SCRATCH_BYTES)
         memory = Memory(self.config, base)
 
         if thread == 0:
@@ -214,7 +251,7 @@ class Phase1BwdKernel:
                 cute.arch.setmaxregister_decrease(OTHER_REGISTERS)
             if warp == first:
                 with cute.arch.elect_one():
-                    self.load(memory, self.work(tokens), d_out, sources, strides, d_sources, d_strides)
+                    self.load(memory, self.work(tokens), d_out, sources, strides)
                 cute.arch.sync_warp()
             if warp == first + 1:
                 self.fetch_statistics(memory, self.work(tokens), statistics, thread % LANES, scale)
@@ -222,6 +259,11 @@ class Phase1BwdKernel:
                 with cute.arch.elect_one():
                     self.store(memory, self.work(tokens), d_sources, d_strides)
                 cute.arch.sync_warp()
+            if const_expr(self.config.accumulate):
+                if warp == first + 3:
+                    with cute.arch.elect_one():
+                        self.load_addends(memory, self.work(tokens), d_sources, d_strides)
+                    cute.arch.sync_warp()
         else:
             if const_expr(tile.moves_registers):
                 cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
@@ -254,23 +296,27 @@ class Phase1BwdKernel:
 
     def init_barriers(self, memory: Memory) -> None:
         tile = self.tile
-        for slot in range(tile.slots):
-            cute.arch.mbarrier_init(memory.full + slot, 1)
-            cute.arch.mbarrier_init(memory.empty + slot, tile.warps)
+        rings = (
+            (memory.sources_full, memory.sources_empty, tile.source_slots, 2 if self.config.accumulate else 1),
+            (memory.outputs_full, memory.outputs_empty, tile.output_slots, 1),
+        )
+        for full, empty, slots, loaders in rings:
+            for slot in range(slots):
+                cute.arch.mbarrier_init(full + slot, loaders)
+                cute.arch.mbarrier_init(empty + slot, tile.warps)
         for stage in range(tile.stages):
             cute.arch.mbarrier_init(memory.staged + stage, tile.warps)
             cute.arch.mbarrier_init(memory.stored + stage, 1)
-        for buffer in range(2):
+        for buffer in range(BUFFERS):
             # Shares arrive as bytes; the one arrival announces how many.
             cute.arch.mbarrier_init(memory.reduced_ready + buffer, 1)
 
     @cute.jit
     def clear(self, memory: Memory, thread: Int32):
         """Zeros where no copy writes: they enter the products, and what shared memory holds at first may be a NaN."""
-        end = self.tile.slots * self.config.slot_bytes
         zero = Int32(0)
-        for offset in cutlass.range(thread * 16, end, self.config.threads * 16, unroll=1):
-            store_shared(memory.ring + offset, 0, [zero, zero, zero, zero])
+        for offset in cutlass.range(thread * 16, self.config.ring_bytes, self.config.threads * 16, unroll=1):
+            store_shared(memory.sources + offset, 0, [zero, zero, zero, zero])
         cute.arch.fence_view_async_shared()
 
     def part(self, work: Work) -> tuple[Int32, Int32, cutlass.Boolean | None]:
@@ -285,80 +331,101 @@ class Phase1BwdKernel:
     # Loads
 
     @cute.jit
-    def load(self, memory: Memory, work: Work, d_out: Int64, sources: list, strides: list, d_sources: list, d_strides: list):
-        """Fills the ring with the tokens' rows."""
+    def load(self, memory: Memory, work: Work, d_out: Int64, sources: list, strides: list):
+        """Fills the rings: a token's sources, then its items' gradients."""
         config, row_bytes = self.config, self.tile.row_bytes
         column, size, some = self.part(work)
-        state = producer_state(self.tile.slots)
+        at_source, at_output = producer_state(self.tile.source_slots), producer_state(self.tile.output_slots)
         row_stride = Int64(work.tokens) * (config.hidden_size * ITEM)
         for turn in cutlass.range(work.items, unroll=1):
             token = Int64(work.item(turn))
-            cute.arch.mbarrier_wait(memory.empty + state.index, state.phase)
-            cute.arch.mbarrier_arrive_and_expect_tx(memory.full + state.index, size * config.slot_rows)
-            slot = memory.ring + state.index * config.slot_bytes
-            barrier = Int32((memory.full + state.index).toint())
-            for n in cutlass.range_constexpr(config.num_sources):
-                address = sources[n] + (token * strides[n] + column) * ITEM
-                bulk_load(slot + n * row_bytes, address, size, barrier, EVICT_FIRST, some)
-            address = d_out + (token * config.hidden_size + column) * ITEM
-            for s in cutlass.range(config.num_queries, unroll=4):
-                at = slot + self.d_out_at + s * row_bytes
-                bulk_load(at, address + s * row_stride, size, barrier, EVICT_FIRST, some)
-            if const_expr(config.accumulate):
-                for n in cutlass.range_constexpr(config.num_sources):
-                    address = d_sources[n] + (token * d_strides[n] + column) * ITEM
-                    bulk_load(slot + self.addend_at + n * row_bytes, address, size, barrier, EVICT_FIRST, some)
-            state.advance()
+            self.load_sources(memory, work, at_source, turn, sources, strides, 0)
+            at_source.advance()
+            for octet in cutlass.range_constexpr(config.octets):
+                cute.arch.mbarrier_wait(memory.outputs_empty + at_output.index, at_output.phase)
+                full = memory.outputs_full + at_output.index
+                rows = config.octet_rows(octet)
+                cute.arch.mbarrier_arrive_and_expect_tx(full, size * rows)
+                slot, barrier = memory.outputs + at_output.index * config.output_slot_bytes, Int32(full.toint())
+                address = d_out + (token * config.hidden_size + column) * ITEM + octet * OCTET * row_stride
+                for s in cutlass.range(rows, unroll=4):
+                    bulk_load(slot + s * row_bytes, address + s * row_stride, size, barrier, EVICT_FIRST, some)
+                at_output.advance()
+
+    @cute.jit
+    def load_addends(self, memory: Memory, work: Work, d_sources: list, d_strides: list):
+        """What the sources' gradients are added to, beside the sources. One warp would spill with all those addresses."""
+        at_source = producer_state(self.tile.source_slots)
+        for turn in cutlass.range(work.items, unroll=1):
+            self.load_sources(memory, work, at_source, turn, d_sources, d_strides, self.config.num_sources)
+            at_source.advance()
+
+    def load_sources(self, memory: Memory, work: Work, state, turn: Int32, sources: list, strides: list, first: int) -> None:
+        """N rows, from row `first` of a slot on."""
+        config = self.config
+        column, size, some = self.part(work)
+        token = Int64(work.item(turn))
+        full = memory.sources_full + state.index
+        cute.arch.mbarrier_wait(memory.sources_empty + state.index, state.phase)
+        cute.arch.mbarrier_arrive_and_expect_tx(full, size * config.num_sources)
+        slot = memory.sources + state.index * config.source_slot_bytes + first * self.tile.row_bytes
+        for n, (source, stride) in enumerate(zip(sources, strides, strict=True)):
+            address = source + (token * stride + column) * ITEM
+            bulk_load(slot + n * self.tile.row_bytes, address, size, Int32(full.toint()), EVICT_FIRST, some)
 
     # Statistics
 
     @cute.jit
     def fetch_statistics(self, memory: Memory, work: Work, statistics: Statistics, lane: Int32, scale: Float32):
-        """Each token's p, logits and factors, one token ahead of the consumers; lane 8i + n takes rows of source n.
+        """Each item's p, logits and factors, before its exchange; lane 8i + n has source n.
 
-        Two buffers: the consumers read those of token k between the barriers of k and k + 1, in both of which this warp
-        takes part.
+        The consumers read those of item i between the barriers of i + 1 and i + 2, in all of which this warp takes part.
         """
         config = self.config
-        octets = config.octets
-        r_loaded = cute.make_rmem_tensor((4 * octets + 2,), Float32)
-        self.load_statistics(work, statistics, lane, Int32(0), r_loaded)
+        r_loaded = cute.make_rmem_tensor((6,), Float32)
+        self.load_statistics(work, statistics, lane, Int32(0), 0, r_loaded)
         for turn in cutlass.range(work.items, unroll=1):
-            at = memory.statistics + (turn & 1) * config.statistics_bytes
-            for i in cutlass.range_constexpr(2 * octets):
-                logit, lse = r_loaded[2 * i], r_loaded[2 * i + 1]
-                query = i * 4 + lane // OCTET
-                there = (query < config.num_queries) & (lane % OCTET < config.num_sources)
-                p = select(there, exp_difference(logit, lse), Float32(0.0))
-                store_shared(at + lane * 4, i * 128, [p])
-                store_shared(at + lane * 4, octets * 256 + i * 128, [logit])
-            rstd = r_loaded[4 * octets]
-            factors = at + octets * 512 + lane * 4
-            store_shared(factors, 0, [scale * rstd], lane < OCTET)
-            store_shared(factors, 32, [rstd * rstd * Float32(1.0 / config.hidden_size)], lane < OCTET)
-            store_shared(factors, 64, [r_loaded[4 * octets + 1]], lane < octets * OCTET)
-            self.load_statistics(work, statistics, lane, turn + 1, r_loaded)
-            cute.arch.barrier(barrier_id=CONSUMERS, number_of_threads=(self.tile.warps + 1) * LANES)
+            for octet in cutlass.range_constexpr(config.octets):
+                buffer = (turn * config.octets + octet) % BUFFERS
+                at = memory.statistics + buffer * STATISTICS_BYTES + lane * 4
+                for i in cutlass.range_constexpr(2):
+                    logit, lse = r_loaded[2 * i], r_loaded[2 * i + 1]
+                    query = octet * OCTET + i * 4 + lane // OCTET
+                    there = (query < config.num_queries) & (lane % OCTET < config.num_sources)
+                    p = select(there, exp_difference(logit, lse), Float32(0.0))
+                    store_shared(at, P_AT + i * 128, [p])
+                    store_shared(at, LOGITS_AT + i * 128, [logit])
+                rstd, d_lse = r_loaded[4], r_loaded[5]
+                store_shared(at, FACTORS_AT, [scale * rstd], lane < OCTET)
+                store_shared(at, PULLS_AT, [rstd * rstd * Float32(1.0 / config.hidden_size)], lane < OCTET)
+                store_shared(at, D_LSE_AT, [d_lse], lane < OCTET)
+                last = octet == config.octets - 1
+                self.load_statistics(work, statistics, lane, turn + int(last), 0 if last else octet + 1, r_loaded)
+                self.item_barrier()
 
-    def load_statistics(self, work: Work, statistics: Statistics, lane: Int32, turn: Int32, r_loaded: cute.Tensor) -> None:
+    def load_statistics(self, work: Work, statistics: Statistics, lane: Int32, turn: Int32, octet: int, r_loaded) -> None:
         config = self.config
         sources, tokens = config.num_sources, Int64(work.tokens)
         token = work.item(turn)
         inside = token < work.tokens
-        first, source = lane // OCTET, lane % OCTET
-        position = (first * sources + source) * tokens + token
-        for i in range(2 * config.octets):
-            there = inside & (first + i * 4 < config.num_queries)
-            logit = statistics.logits + (position + i * 4 * sources * tokens) * 4
+        source = lane % OCTET
+        for i in range(2):
+            query = octet * OCTET + i * 4 + lane // OCTET
+            there = inside & (query < config.num_queries)
+            logit = statistics.logits + (Int64(query * sources + source) * tokens + token) * 4
             r_loaded[2 * i] = load_scalar(logit, there & (source < sources))
-            r_loaded[2 * i + 1] = load_scalar(statistics.lse + ((first + i * 4) * tokens + token) * 4, there)
-        position = (lane * tokens + token) * 4
-        r_loaded[4 * config.octets] = load_scalar(statistics.rstd + position, inside & (lane < sources))
+            r_loaded[2 * i + 1] = load_scalar(statistics.lse + (Int64(query) * tokens + token) * 4, there)
+        position = Int64(lane) * tokens + token
+        r_loaded[4] = load_scalar(statistics.rstd + position * 4, inside & (lane < sources))
+        r_loaded[5] = Float32(0.0)
         if config.d_lse:
-            d_lse = load_scalar(statistics.d_lse + position, inside & (lane < config.num_queries))
-        else:
-            d_lse = Float32(0.0)
-        r_loaded[4 * config.octets + 1] = d_lse
+            query = octet * OCTET + lane
+            there = inside & (lane < OCTET) & (query < config.num_queries)
+            r_loaded[5] = load_scalar(statistics.d_lse + (position + octet * OCTET * tokens) * 4, there)
+
+    def item_barrier(self) -> None:
+        """Of all consumers and the statistics warp."""
+        cute.arch.barrier(barrier_id=CONSUMERS, number_of_threads=(self.tile.warps + 1) * LANES)
 
     # Stores
 
@@ -415,238 +482,288 @@ class Phase1BwdKernel:
         for i, term in enumerate(terms):
             store_shared(at, i * config.num_queries * row_bytes, term)
 
-    def octet_rows(self, lane: Lane, first: Int32, count: int) -> list[tuple[Int32, int]]:
-        """(address, offset) that this lane gives to ldmatrix for 32 columns of each octet of `count` rows.
+    def steps(self) -> list[range]:
+        """The warp's tiles by fours, as one ldmatrix reads them; of the last one it may use only two."""
+        tiles = self.warp_columns // 8
+        return [range(first, min(first + TILES, tiles)) for first in range(0, tiles, TILES)]
+
+    def rows(self, lane: Lane, first: Int32, count: int) -> Int32:
+        """The address that this lane gives to ldmatrix for 32 columns of up to 8 rows.
 
         Rows past the last repeat it: their weights are zero, and they belong to the same token.
         """
-        row_bytes = self.tile.row_bytes
-        base = first + lane.offset + (lane.lane // 8) * 16
-        whole = base + (lane.lane % 8) * row_bytes
-        rows = []
-        for row in range(0, count, OCTET):
-            if row + OCTET <= count:
-                rows.append((whole, row * row_bytes))
-            else:
-                rows.append((base + cutlass.min(lane.lane % 8, count - row - 1) * row_bytes, row * row_bytes))
-        return rows
+        row = lane.lane % 8
+        if count < OCTET:
+            row = cutlass.min(row, count - 1)
+        return first + lane.offset + (lane.lane // 8) * 16 + row * self.tile.row_bytes
 
     @cute.jit
     def consume(self, memory: Memory, work: Work, lane: Lane, du: Int64):
-        config = self.config
-        # [octets, tiles, 2] fp32: query c of the octet, columns 2q and 2q + 1 of the tile
-        r_du = cute.make_rmem_tensor((2, self.warp_columns // 8, config.octets), Float32)
-        r_du.fill(0.0)
-        if const_expr(self.tile.ahead):
-            # One turn more than there are tokens: each part of the code is there once.
-            for turn in cutlass.range(work.items + 1, unroll=1):
-                if turn < work.items:
-                    self.products(memory, lane, turn)
-                if turn > 0:
-                    self.mix(memory, lane, turn - 1, self.weights(memory, lane, turn - 1), r_du)
-                if turn < work.items:
-                    self.exchange(memory, work, lane, turn)
-        else:
-            for turn in cutlass.range(work.items, unroll=1):
-                self.products(memory, lane, turn)
-                self.exchange(memory, work, lane, turn)
-                self.mix(memory, lane, turn, self.weights(memory, lane, turn), r_du)
-        self.store_du(work, lane, du, r_du)
+        octets, tiles = self.config.octets, self.warp_columns // 8
+        sums = Sums(
+            cute.make_rmem_tensor((2, tiles, octets), Float32),
+            cute.make_rmem_tensor((2, tiles), Float32),
+            cute.make_rmem_tensor((2,), Float32),
+            cute.make_rmem_tensor((self.config.weight_terms,), Int32),
+            cute.make_rmem_tensor((1,), Float32),
+        )
+        sums.du.fill(0.0)
+        # One turn more than there are tokens: each part of the code is there once.
+        for turn in cutlass.range(work.items + 1, unroll=1):
+            if turn < work.items:
+                self.products(memory, lane, turn, 0)
+                self.exchange(memory, work, lane, turn, 0)
+            if turn > 0:
+                self.mix(memory, lane, turn - 1, octets - 1, sums)
+            if turn < work.items:
+                for octet in cutlass.range_constexpr(1, octets):
+                    self.products(memory, lane, turn, octet)
+                    self.exchange(memory, work, lane, turn, octet)
+                    self.mix(memory, lane, turn, octet - 1, sums)
+        self.store_du(work, lane, du, sums.du)
 
-    def slot(self, memory: Memory, turn: Int32) -> tuple[Int32, Int32, Int32]:
+    def source_slot(self, memory: Memory, turn: Int32) -> tuple[Int32, Int32, Int32]:
         """(index, parity of its full barrier, address)."""
-        index = turn % self.tile.slots
-        return index, (turn // self.tile.slots) & 1, memory.ring + index * self.config.slot_bytes
+        slots = self.tile.source_slots
+        index = turn % slots
+        return index, (turn // slots) & 1, memory.sources + index * self.config.source_slot_bytes
 
-    def products(self, memory: Memory, lane: Lane, turn: Int32) -> None:
+    def output_slot(self, memory: Memory, turn: Int32, octet: int) -> tuple[Int32, Int32, Int32]:
+        item, slots = turn * self.config.octets + octet, self.tile.output_slots
+        index = item % slots
+        return index, (item // slots) & 1, memory.outputs + index * self.config.output_slot_bytes
+
+    def products(self, memory: Memory, lane: Lane, turn: Int32, octet: int) -> None:
         """This warp's share of <do_s, v_n>, to its partial buffer.
 
-        One ldmatrix of an octet of gradients is two operands in one, columns 0 to 7 and 16 to 23 of its 32 as rows 0 to
-        7, the others as rows 8 to 15; sources come in that order, too. Half of each product is left out of the sums.
+        One ldmatrix of gradients is two operands in one, columns 0 to 7 and 16 to 23 of its 32 as rows 0 to 7, the
+        others as rows 8 to 15; sources come in that order, too. Half of each product is left out of the sums.
         """
-        config = self.config
-        index, parity, slot = self.slot(memory, turn)
-        cute.arch.mbarrier_wait(memory.full + index, parity)
-        row = cutlass.min(lane.lane % 8, config.num_sources - 1)
-        piece = lane.lane // 8
-        source_rows = slot + lane.offset + row * self.tile.row_bytes + (piece % 2 * 2 + piece // 2) * 16
-        d_out_rows = self.octet_rows(lane, slot + self.d_out_at, config.num_queries)
-        sums: list[list[list[Float32] | None]] = [[None, None] for _ in d_out_rows]
-        for step in range(self.warp_columns // STEP):
+        config, tile = self.config, self.tile
+        index, parity, slot = self.source_slot(memory, turn)
+        if octet == 0:
+            cute.arch.mbarrier_wait(memory.sources_full + index, parity)
+        row, piece = cutlass.min(lane.lane % 8, config.num_sources - 1), lane.lane // 8
+        source_rows = slot + lane.offset + row * tile.row_bytes + (piece % 2 * 2 + piece // 2) * 16
+        index, parity, slot = self.output_slot(memory, turn, octet)
+        cute.arch.mbarrier_wait(memory.outputs_full + index, parity)
+        d_out_rows = self.rows(lane, slot, config.octet_rows(octet))
+        sums: list[list[Float32] | None] = [None, None]
+        for step, tiles in enumerate(self.steps()):
             columns = step * STEP * ITEM
-            source = ldmatrix(source_rows, columns)
-            for octet, (address, offset) in enumerate(d_out_rows):
-                four = ldmatrix(address, offset + columns)
-                operand = ((four[0], four[2]), (four[1], four[3]))
-                for half in range(2):
-                    b = (source[2 * half], source[2 * half + 1])
-                    sums[octet][half] = mma(self.dtype, operand, b, sums[octet][half])
+            source, d_out = ldmatrix(source_rows, columns), ldmatrix(d_out_rows, columns)
+            for half in range(2):
+                if len(tiles) == TILES:
+                    operand = ((d_out[0], d_out[2]), (d_out[1], d_out[3]))
+                    sums[half] = mma(self.dtype, operand, (source[2 * half], source[2 * half + 1]), sums[half])
+                else:
+                    sums[half] = mma_k8(self.dtype, (d_out[0], d_out[1]), source[2 * half], sums[half])
             # See mix.
-            cute.arch.sync_warp()
-        share = memory.partial + ((turn & 1) * self.tile.warps + lane.warp) * config.partial_bytes
-        for octet, (first, second) in enumerate(sums):
-            store_shared(share + lane.lane * 8, octet * 256, [first[e] + second[2 + e] for e in range(2)])
+            if step % 2:
+                cute.arch.sync_warp()
+        buffer = (turn * config.octets + octet) % BUFFERS
+        share = memory.partial + (buffer * tile.warps + lane.warp) * PARTIAL_BYTES
+        store_shared(share + lane.lane * 8, 0, [sums[0][e] + sums[1][2 + e] for e in range(2)])
 
-    def exchange(self, memory: Memory, work: Work, lane: Lane, turn: Int32) -> None:
+    def exchange(self, memory: Memory, work: Work, lane: Lane, turn: Int32, octet: int) -> None:
         """Makes the warps' partial sums common; over a cluster, adds this warp's share of them up and sends it to every
         CTA.
 
-        Two buffers of each are enough: the barrier of k + 1 comes after every warp's reads of partial sums k, or of
-        totals k - 1. A warp sends totals of k + 2 after it has seen all totals of k + 1, which were sent after such a
-        barrier in each CTA.
+        Why four buffers: a warp sends totals of item i + 4 after it has seen all totals of i + 2. Each CTA sent those
+        after its barrier of i + 2, when all its warps were past their reads of totals i (or, in a cluster of one, of
+        partial sums i).
         """
-        config, tile = self.config, self.tile
-        cute.arch.barrier(barrier_id=CONSUMERS, number_of_threads=(tile.warps + 1) * LANES)
+        tile = self.tile
+        self.item_barrier()
         if tile.cluster == 1:
             return
-        buffer = turn & 1
+        buffer = (turn * self.config.octets + octet) % BUFFERS
         self.announce_totals(memory, lane, buffer)
-        vectors = config.partial_bytes // 16
+        vectors = PARTIAL_BYTES // 16
         begin, end = lane.warp * vectors // tile.warps, (lane.warp + 1) * vectors // tile.warps
-        partial = memory.partial + buffer * (tile.warps * config.partial_bytes)
-        reduced = memory.reduced + (buffer * tile.cluster + work.rank) * config.partial_bytes
-        for first in range(0, -(-vectors // tile.warps), LANES):
-            vector = begin + lane.lane + first
-            at = cutlass.min(vector, vectors - 1) * 16
-            shares = [load_shared(Float32, partial + at, w * config.partial_bytes, 4) for w in range(tile.warps)]
-            total = [tree(add, [share[e] for share in shares]) for e in range(4)]
-            barrier = memory.reduced_ready_address + buffer * 8
-            for cta in range(tile.cluster):
-                store_cluster(reduced + at, barrier, Int32(cta), total, vector < end)
+        vector = begin + lane.lane
+        at = cutlass.min(vector, vectors - 1) * 16
+        partial = memory.partial + buffer * (tile.warps * PARTIAL_BYTES) + at
+        shares = [load_shared(Float32, partial, warp * PARTIAL_BYTES, 4) for warp in range(tile.warps)]
+        total = [tree(add, [share[e] for share in shares]) for e in range(4)]
+        reduced = memory.reduced + (buffer * tile.cluster + work.rank) * PARTIAL_BYTES + at
+        barrier = memory.reduced_ready_address + buffer * 8
+        for cta in range(tile.cluster):
+            store_cluster(reduced, barrier, Int32(cta), total, vector < end)
 
     @cute.jit
     def announce_totals(self, memory: Memory, lane: Lane, buffer: Int32):
         """The barrier's one arrival. Bytes that come before it are counted too; the phase cannot end without it."""
         if lane.warp == 0:
             with cute.arch.elect_one():
-                size = self.tile.cluster * self.config.partial_bytes
+                size = self.tile.cluster * PARTIAL_BYTES
                 cute.arch.mbarrier_arrive_and_expect_tx(memory.reduced_ready + buffer, size)
 
-    def weights(self, memory: Memory, lane: Lane, turn: Int32) -> Weights:
-        """p, g and pull of a token; every warp computes them all.
+    def weights(self, memory: Memory, lane: Lane, turn: Int32, octet: int, sums: Sums) -> Weights:
+        """p, g and, at last, the pull; every warp computes them all.
 
-        Lane (c, q) holds query c of each octet and sources 2q and 2q + 1: the layout of products and of an operand with
-        queries for rows; transposed, of one with sources for rows.
+        Lane (c, q) holds query c and sources 2q and 2q + 1: the layout of products and of an operand with queries for
+        rows; transposed, of one with sources for rows.
         """
-        config, octets = self.config, self.config.octets
-        buffer = turn & 1
-        if self.tile.cluster == 1:
-            shares = self.tile.warps
-            totals = memory.partial + buffer * (shares * config.partial_bytes)
+        config, tile = self.config, self.tile
+        item = turn * config.octets + octet
+        buffer = item % BUFFERS
+        if tile.cluster == 1:
+            shares, totals = tile.warps, memory.partial
         else:
-            shares = self.tile.cluster
-            totals = memory.reduced + buffer * (shares * config.partial_bytes)
-            cute.arch.mbarrier_wait(memory.reduced_ready + buffer, (turn >> 1) & 1)
-        statistics = memory.statistics + buffer * config.statistics_bytes
-        per_source, per_pair = statistics + lane.q * 8, statistics + lane.lane * 8
-        factor = load_shared(Float32, per_source, octets * 512, 2)
-        ps, gs, pull = [], [], [Float32(0.0), Float32(0.0)]
-        for octet in range(octets):
-            parts = [
-                load_shared(Float32, totals + lane.lane * 8, octet * 256 + share * config.partial_bytes, 2)
-                for share in range(shares)
-            ]
-            a = [tree(add, [part[e] for part in parts]) for e in range(2)]
-            p = load_shared(Float32, per_pair, octet * 256, 2)
-            logit = load_shared(Float32, per_pair, (octets + octet) * 256, 2)
-            (rest,) = load_shared(Float32, statistics + lane.c * 4, octets * 512 + 64 + octet * 32, 1)
-            mean = p[0] * a[0] + p[1] * a[1]
-            for offset in (1, 2):
-                mean = mean + cute.arch.shuffle_sync_bfly(mean, offset=offset)
-            h = [p[e] * (a[e] + (rest - mean)) for e in range(2)]
-            pull = [pull[e] + logit[e] * h[e] for e in range(2)]
-            ps.append(p)
-            gs.append([factor[e] * h[e] for e in range(2)])
-        factor = load_shared(Float32, per_source, octets * 512 + 32, 2)
-        for offset in (4, 8, 16):
-            pull = [value + cute.arch.shuffle_sync_bfly(value, offset=offset) for value in pull]
-        diagonal = [
-            select(lane.c == lane.q * 2 + e, Float32(0.0) - factor[e] * pull[e], Float32(0.0)) for e in range(2)
-        ]
+            shares, totals = tile.cluster, memory.reduced
+            cute.arch.mbarrier_wait(memory.reduced_ready + buffer, (item // BUFFERS) & 1)
+        totals = totals + buffer * (shares * PARTIAL_BYTES) + lane.lane * 8
+        parts = [load_shared(Float32, totals, share * PARTIAL_BYTES, 2) for share in range(shares)]
+        a = [tree(add, [part[e] for part in parts]) for e in range(2)]
+        statistics = memory.statistics + buffer * STATISTICS_BYTES
+        p = load_shared(Float32, statistics + lane.lane * 8, P_AT, 2)
+        logit = load_shared(Float32, statistics + lane.lane * 8, LOGITS_AT, 2)
+        factor = load_shared(Float32, statistics + lane.q * 8, FACTORS_AT, 2)
+        (d_lse,) = load_shared(Float32, statistics + lane.c * 4, D_LSE_AT, 1)
+        mean = p[0] * a[0] + p[1] * a[1]
+        for offset in (1, 2):
+            mean = mean + cute.arch.shuffle_sync_bfly(mean, offset=offset)
+        h = [p[e] * (a[e] + (d_lse - mean)) for e in range(2)]
+        g = [factor[e] * h[e] for e in range(2)]
+        for e in range(2):
+            sums.pull[e] = logit[e] * h[e] if octet == 0 else sums.pull[e] + logit[e] * h[e]
+        pairs = [p, g]
+        if octet == config.octets - 1:
+            pull_factor = load_shared(Float32, statistics + lane.q * 8, PULLS_AT, 2)
+            pull = [sums.pull[e] for e in range(2)]
+            for offset in (4, 8, 16):
+                pull = [value + cute.arch.shuffle_sync_bfly(value, offset=offset) for value in pull]
+            zero = Float32(0.0)
+            pairs.append([select(lane.c == lane.q * 2 + e, zero - pull_factor[e] * pull[e], zero) for e in range(2)])
         unscale = None
         if self.dtype is Float16:
-            scale, unscale = self.scale_of([*ps, *gs, diagonal])
-            ps, gs = ([[scale * value for value in pair] for pair in pairs] for pairs in (ps, gs))
-            diagonal = [scale * value for value in diagonal]
-        of_sources = [[term[0] for term in split_vector(self.dtype, g, config.weight_terms)] for g in gs]
-        of_sources.append([term[0] for term in split_vector(self.dtype, diagonal, 2)])
-        high_low = [[term[0] for term in split_vector(self.dtype, p, 2)] for p in ps]
+            scale, unscale = self.scale_of(pairs)
+            pairs = [[scale * value for value in pair] for pair in pairs]
+        (p_high, p_low), du, *pull_terms = (
+            [term[0] for term in split_vector(self.dtype, pair, terms)]
+            for pair, terms in zip(pairs, (2, config.weight_terms, 2), strict=False)
+        )
         return Weights(
-            p=[(transpose(high), transpose(low)) for high, low in high_low],
-            g=[(transpose(terms[0]), transpose(terms[1])) for terms in of_sources[:octets]],
-            of_sources=of_sources,
+            p=(transpose(p_high), transpose(p_low)),
+            g=(transpose(du[0]), transpose(du[1])),
+            du=du,
+            pull=pull_terms[0] if pull_terms else [],
             unscale=unscale,
         )
 
     def scale_of(self, pairs: list[list[Float32]]) -> tuple[Float32, Float32]:
-        """The power of two for fp16 weights of a token, and its inverse."""
+        """The power of two for fp16 weights of an item, and its inverse."""
         peak = tree(cute.arch.fmax, [cute.arch.fmax(value, -value) for pair in pairs for value in pair])
         for offset in (16, 8, 4, 2, 1):
             peak = cute.arch.fmax(peak, cute.arch.shuffle_sync_bfly(peak, offset=offset))
         return power_of_two_scale(peak)
 
-    def mix(self, memory: Memory, lane: Lane, turn: Int32, weights: Weights, r_du: cute.Tensor) -> None:
-        """A token's gradients of sources over the warp's columns, rounded, into the staging buffer; adds to du."""
+    def mix(self, memory: Memory, lane: Lane, turn: Int32, octet: int, sums: Sums) -> None:
+        """An item's gradients over the warp's columns: adds to du and d_sources.
+
+        After a token's last item, d_sources are rounded into the staging buffer.
+        """
         config, tile = self.config, self.tile
-        index, _, slot = self.slot(memory, turn)
-        (sources,) = self.octet_rows(lane, slot, config.num_sources)
-        d_outs = self.octet_rows(lane, slot + self.d_out_at, config.num_queries)
-        addends = self.octet_rows(lane, slot + self.addend_at, config.num_sources) if config.accumulate else []
-        factors = list(zip(d_outs, weights.p, strict=True))
+        weights = self.weights(memory, lane, turn, octet, sums)
+        last = octet == config.octets - 1
+        source_index, _, source_slot = self.source_slot(memory, turn)
+        output_index, _, output_slot = self.output_slot(memory, turn, octet)
+        rows = config.octet_rows(octet)
+        source_rows = self.rows(lane, source_slot, config.num_sources)
+        addend_rows = self.rows(lane, source_slot + config.num_sources * tile.row_bytes, config.num_sources)
+        query_rows = self.rows(lane, memory.queries, rows)
+        factors = [(self.rows(lane, output_slot, rows), 0, weights.p)]
         for term in range(config.query_terms):
-            first = memory.queries + term * config.num_queries * tile.row_bytes
-            factors += zip(self.octet_rows(lane, first, config.num_queries), weights.g, strict=True)
+            factors.append((query_rows, (term * config.num_queries + octet * OCTET) * tile.row_bytes, weights.g))
         stage_index = turn % tile.stages
         stage = memory.stage + stage_index * config.stage_bytes + lane.offset + lane.c * tile.row_bytes + lane.q * 4
-        cute.arch.mbarrier_wait(memory.stored + stage_index, ((turn // tile.stages) & 1) ^ 1)
-        for step in range(self.warp_columns // STEP):
+        if last:
+            cute.arch.mbarrier_wait(memory.stored + stage_index, ((turn // tile.stages) & 1) ^ 1)
+        products = self.source_products(weights, octet, sums)
+        for step, tiles in enumerate(self.steps()):
             columns = step * STEP * ITEM
-            rows = ldmatrix(sources[0], columns, transposed=True)
-            pulls = [self.add_products(weights, row, r_du, step * TILES + k) for k, row in enumerate(rows)]
-            # Here and at the end: keeps the compiler from hoisting loads and products, which spilled.
-            cute.arch.sync_warp()
-            sums: list[list[Float32] | None] = [None] * TILES
-            for (address, offset), weight in factors:
-                rows = ldmatrix(address, offset + columns, transposed=True)
-                sums = [mma_k8(self.dtype, weight, row, total) for row, total in zip(rows, sums, strict=True)]
-            given = ldmatrix(addends[0][0], columns) if config.accumulate else None
-            for k in range(TILES):
-                d_source = [sums[k][e] + sums[k][2 + e] + pulls[k][e] for e in range(2)]
+            pulls = [None] * TILES
+            if products:
+                sources = ldmatrix(source_rows, columns, transposed=True)
+                pulls = [self.add_products(products, row, sums.du, k) for row, k in zip(sources, tiles, strict=False)]
+                # Here and at the end: keeps the compiler from hoisting loads and products, which spilled.
+                cute.arch.sync_warp()
+            found: list[list[Float32] | None] = [None] * len(tiles)
+            for address, offset, weight in factors:
+                matrices = ldmatrix(address, offset + columns, transposed=True)
+                found = [mma_k8(self.dtype, weight, b, total) for b, total in zip(matrices, found, strict=False)]
+            addends = ldmatrix(addend_rows, columns) if last and config.accumulate else [None] * TILES
+            for k, total, pull, addend in zip(tiles, found, pulls, addends, strict=False):
+                d_source = [total[e] + total[2 + e] for e in range(2)]
+                if pull is not None:
+                    d_source = [value + more for value, more in zip(d_source, pull, strict=True)]
                 if weights.unscale is not None:
                     d_source = [value * weights.unscale for value in d_source]
-                if given is not None:
-                    d_source = [value + old for value, old in zip(d_source, unpack(self.dtype, given[k]), strict=True)]
-                packed = pack(self.dtype, *d_source)
-                store_shared(stage, columns + k * 16, [packed], lane.c < config.num_sources)
+                if octet > 0:
+                    d_source = [d_source[e] + sums.d_sources[e, k] for e in range(2)]
+                if addend is not None:
+                    d_source = [value + old for value, old in zip(d_source, unpack(self.dtype, addend), strict=True)]
+                if last:
+                    packed = pack(self.dtype, *d_source)
+                    store_shared(stage, k * 16, [packed], lane.c < config.num_sources)
+                else:
+                    sums.d_sources[0, k], sums.d_sources[1, k] = d_source
             cute.arch.sync_warp()
-        cute.arch.fence_view_async_shared()
+        if last:
+            cute.arch.fence_view_async_shared()
         cute.arch.sync_warp()
         with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive(memory.staged + stage_index)
-            cute.arch.mbarrier_arrive(memory.empty + index)
+            cute.arch.mbarrier_arrive(memory.outputs_empty + output_index)
+            if last:
+                cute.arch.mbarrier_arrive(memory.sources_empty + source_index)
+                cute.arch.mbarrier_arrive(memory.staged + stage_index)
 
-    def add_products(self, weights: Weights, row: Pair, r_du: cute.Tensor, tile: int) -> list[Float32]:
-        """Adds to du what a tile of sources gives; returns the pull. Operands share an mma by twos.
+    def source_products(self, weights: Weights, octet: int, sums: Sums) -> list[Product]:
+        """What is multiplied with sources after an item: octets of queries by twos, and at last the pull."""
+        last = octet == self.config.octets - 1
+        own = Product(weights.du, octet, weights.unscale)
+        if octet % 2 == 0 and not last:
+            for i, term in enumerate(weights.du):
+                sums.held[i] = term
+            if weights.unscale is not None:
+                sums.held_unscale[0] = weights.unscale
+            return []
+        products = [own]
+        if octet % 2:
+            held = [sums.held[i] for i in range(self.config.weight_terms)]
+            products = [Product(held, octet - 1, None if weights.unscale is None else sums.held_unscale[0]), own]
+        if last:
+            products.append(Product(weights.pull, None, None))
+        return products
+
+    def add_products(self, products: list[Product], row: Pair, r_du: cute.Tensor, tile: int) -> list[Float32] | None:
+        """Adds to du what a tile of sources gives; returns the pull if it is among the products.
 
         Where fp32 gradients are wanted, products start from zero and are added in fp32 registers: the tensor core's
         own sums are truncated, by 5e-6 over a hundred tokens. (And fp16 products have a scale of their own.)
         """
-        octets, zero = self.config.octets, Float32(0.0)
-        operands, pull = weights.of_sources, None
-        for i in range(0, octets + 1, 2):
-            pair = operands[i : i + 2]
-            held = [(r_du[0, tile, o], r_du[1, tile, o]) if o < octets else (zero, zero) for o in (i, i + 1)]
-            total = None if self.adds_apart or i == octets else [*held[0], *held[1]]
-            for term in range(max(len(terms) for terms in pair)):
-                a = [terms[term] if term < len(terms) else Int32(0) for terms in pair] + [Int32(0)]
-                total = mma_k8(self.dtype, (a[0], a[1]), row, total)
-            for octet, part in ((i, total[:2]), (i + 1, total[2:])):
-                if octet == octets:
+        pull = None
+        for i in range(0, len(products), 2):
+            pair = products[i : i + 2]
+            octets = [product.octet for product in pair]
+            # An operand of the mma has to be four registers in a row: du of one octet alone would be moved there.
+            apart = self.config.adds_apart or (self.config.octets > 1 and (None in octets or len(octets) == 1))
+            total = None
+            if not apart:
+                total = [Float32(0.0) if octet is None else r_du[e, tile, octet] for octet in octets for e in range(2)]
+            for term in range(max(len(product.terms) for product in pair)):
+                a = [product.terms[term] if term < len(product.terms) else Int32(0) for product in pair]
+                total = mma_k8(self.dtype, (a[0], a[1] if len(a) > 1 else Int32(0)), row, total)
+            for k, product in enumerate(pair):
+                part = total[2 * k : 2 * k + 2]
+                if product.octet is None:
                     pull = part
-                elif octet < octets:
-                    for e in range(2):
-                        value = part[e] if weights.unscale is None else part[e] * weights.unscale
-                        r_du[e, tile, octet] = r_du[e, tile, octet] + value if self.adds_apart else value
+                    continue
+                for e in range(2):
+                    value = part[e] if product.unscale is None else part[e] * product.unscale
+                    old = r_du[e, tile, product.octet]
+                    r_du[e, tile, product.octet] = old + value if apart else value
         return pull
 
     def store_du(self, work: Work, lane: Lane, du: Int64, r_du: cute.Tensor) -> None:
