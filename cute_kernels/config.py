@@ -46,7 +46,7 @@ RING_BYTES = 144 * 1024
 # Two rows of 2048 or 2304 elements share a slot, for fewer barriers. On an H200, D 2048, L 17: .908 with one row, .950 with two.
 SLOT_BYTES = 10 * 1024
 MIN_SLOTS = 4  # of a group, where rows are small enough
-MAX_SLOTS = 32  # a producer warp's lanes initialise a slot each
+MAX_SLOTS = 32
 
 
 def refusal(

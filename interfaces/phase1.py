@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from attnres import backend as backends
 from attnres import checked_mode, contracts
-from attnres.registration import Operator, needs_grad
+from attnres.registration import Operator, Outputs, needs_grad
 
 
 def phase_1(
@@ -66,21 +67,18 @@ def _allocate(
     save_statistics: bool,
     backend: str,
     origin: str,
-) -> tuple[Tensor, ...]:
-    """out [S, ..., D], lse [S, ...], logits [S, N, T], rstd [N, T]; the last two empty where not wanted."""
+) -> Outputs:
+    """out [S, ..., D], lse [S, ...], logits [S, N, T], rstd [N, T]; the last two None where not wanted."""
     first = sources[0]
     *leading, size = first.shape[1:] if stacked else first.shape
     depth, sites = first.shape[0] if stacked else len(sources), queries.shape[0]
-    tokens = 1
-    for extent in leading:
-        tokens = tokens * extent
-    logits, rstd = ((sites, depth, tokens), (depth, tokens)) if save_statistics else ((0,), (0,))
-    return (
-        first.new_empty((sites, *leading, size)),
-        first.new_empty((sites, *leading), dtype=torch.float32),
-        first.new_empty(logits, dtype=torch.float32),
-        first.new_empty(rstd, dtype=torch.float32),
-    )
+    logits = rstd = None
+    if save_statistics:
+        tokens = math.prod(leading)
+        logits = first.new_empty((sites, depth, tokens), dtype=torch.float32)
+        rstd = first.new_empty((depth, tokens), dtype=torch.float32)
+    out = first.new_empty((sites, *leading, size))
+    return out, first.new_empty((sites, *leading), dtype=torch.float32), logits, rstd
 
 
 def _forward(
@@ -93,7 +91,7 @@ def _forward(
     save_statistics: bool,
     backend: str,
     origin: str,
-) -> tuple[Tensor, ...]:
+) -> Outputs:
     outputs = _allocate(sources, queries, key_weights, eps, scale, stacked, save_statistics, backend, origin)
     rows = contracts.unstack(sources, stacked)
     sites, tokens = queries.shape[0], rows[0].shape[0]
@@ -101,7 +99,7 @@ def _forward(
     if tokens == 0:
         return outputs
     out, lse = outputs[0].view(sites, tokens, -1), outputs[1].view(sites, tokens)
-    logits, rstd = outputs[2:] if save_statistics else (None, None)
+    _, _, logits, rstd = outputs
     weights = _per_site(key_weights, queries)
     backends.launch("phase1_fwd", name, queries.device, rows, queries, weights, eps, scale, out, lse, logits, rstd)
     if checked_mode.is_on():
@@ -208,7 +206,7 @@ def _backward(
     return gradients
 
 
-def _save(ctx: Any, arguments: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+def _save(ctx: Any, arguments: tuple[Any, ...], outputs: Outputs) -> None:
     sources, queries, key_weights, eps, scale, stacked, _, backend, _ = arguments
     _, lse, logits, rstd = outputs
     ctx.mark_non_differentiable(logits, rstd)

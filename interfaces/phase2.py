@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attnres import backend as backends
 from attnres import checked_mode, contracts
-from attnres.registration import Operator, needs_grad
+from attnres.registration import Operator, Outputs, needs_grad
 
 
 def phase_2(
@@ -101,14 +101,13 @@ def _allocate(
     save_statistics: bool,
     backend: str,
     origin: str,
-) -> tuple[Tensor, ...]:
-    """out [..., D], new_partial [..., D] (empty without delta), logit [...], rstd [...] (empty where not wanted)."""
-    statistics = inter_lse.shape if save_statistics else (0,)
+) -> Outputs:
+    """out [..., D], new_partial [..., D] (None without delta), logit [...], rstd [...] (None where not wanted)."""
     return (
         partial.new_empty(partial.shape),
-        partial.new_empty(0 if delta is None else partial.shape),
-        inter_lse.new_empty(statistics),
-        inter_lse.new_empty(statistics),
+        None if delta is None else partial.new_empty(partial.shape),
+        inter_lse.new_empty(inter_lse.shape) if save_statistics else None,
+        inter_lse.new_empty(inter_lse.shape) if save_statistics else None,
     )
 
 
@@ -126,7 +125,7 @@ def _forward(
     save_statistics: bool,
     backend: str,
     origin: str,
-) -> tuple[Tensor, ...]:
+) -> Outputs:
     outputs = _allocate(
         partial,
         delta,
@@ -147,9 +146,9 @@ def _forward(
     tokens = storage[0].shape[0]
     if tokens == 0:
         return outputs
-    out, new_partial = outputs[0].view(tokens, -1), outputs[1].view(tokens, -1) if delta is not None else None
-    logit, rstd = (value.view(-1) for value in outputs[2:]) if save_statistics else (None, None)
-    query, lse = query.view(-1), inter_lse.contiguous().view(-1)
+    out, new_partial = (None if value is None else contracts.rows(value) for value in outputs[:2])
+    logit, rstd = (None if value is None else contracts.vector(value) for value in outputs[2:])
+    query, lse = contracts.vector(query), contracts.vector(inter_lse.contiguous())
     addend = storage[2] if delta is not None else None
     backends.launch(
         "phase2_fwd",
@@ -266,8 +265,8 @@ def _backward(
     d_out = contracts.rows(d_out.contiguous())
     d_new_partial = None if d_new_partial is None else contracts.rows(d_new_partial.contiguous())
     d_partial, d_inter_out = contracts.rows(d_partial), contracts.rows(d_inter_out)
-    query, d_query = query.view(-1), d_query.view(-1)
-    lse, d_lse = inter_lse.contiguous().view(-1), d_inter_lse.view(-1)
+    query, d_query = contracts.vector(query), contracts.vector(d_query)
+    lse, d_lse = contracts.vector(inter_lse.contiguous()), contracts.vector(d_inter_lse)
     d_key = None if key_weight is None else d_key_weight
     d_output = None if output_weight is None else d_output_weight
     name = backends.choose_backward(contracts.spec("phase2_bwd", [d_out, partial, inter_out, d_partial]), backend)
@@ -286,8 +285,8 @@ def _backward(
         eps,
         output_eps,
         scale,
-        logit.view(-1),
-        rstd.view(-1),
+        contracts.vector(logit),
+        contracts.vector(rstd),
         d_partial,
         d_inter_out,
         d_lse,
@@ -311,7 +310,7 @@ def _backward(
     return gradients
 
 
-def _save(ctx: Any, arguments: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+def _save(ctx: Any, arguments: tuple[Any, ...], outputs: Outputs) -> None:
     partial, delta, query, key_weight, inter_out, inter_lse, output_weight, eps, output_eps, scale, _, backend, _ = (
         arguments
     )

@@ -113,7 +113,8 @@ class RowKernel:
             s_weight = smem.allocate_tensor(Float32, cute.make_layout((config.pitch,)), 16)
         if warp >= tile.consumer_warps:
             producer = warp - tile.consumer_warps
-            rings.init_barriers(producer, tile.producer_warps, tid % LANES)
+            with cute.arch.elect_one():
+                rings.init_barriers(producer, tile.producer_warps)
             publish_barriers(config.threads)
             if const_expr(tile.consumer_registers > 0):
                 cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)

@@ -229,7 +229,7 @@ def bulk_load(
     ptx(text, [], [shared, address, size, barrier, Int64(policy), *condition], effects=True)
 
 
-def bulk_store(address: Int64, shared: Int32, size: Int32, predicate: Boolean) -> None:
+def bulk_store(address: Int64, shared: Int32, size: Int32, policy: int, predicate: Boolean) -> None:
     """Starts copying `size` bytes (a multiple of 16) from shared memory, as part of this lane's open bulk group."""
-    text = "@$3 cp.async.bulk.global.shared::cta.bulk_group [$0],[$1],$2;"
-    ptx(text, [], [address, shared, size, predicate], effects=True)
+    text = "@$4 cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [$0],[$1],$2,$3;"
+    ptx(text, [], [address, shared, size, Int64(policy), predicate], effects=True)
