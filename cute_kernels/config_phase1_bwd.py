@@ -26,8 +26,10 @@ OTHER_WARPS = 4  # a warpgroup: loads, statistics, stores, loads of what is adde
 # Of the statistics warp and of a consumer, after setmaxnreg
 OTHER_REGISTERS = 40
 CONSUMER_REGISTERS = 232
-# Of a consumer, for gradients, and columns of one warp: more spilled.
+# Of a consumer, for gradients, and columns of one warp: more spilled. Where du is added apart from the tensor core, more
+# than 96 spill, too; those shapes that fit no other way spill up to 100 bytes (S = 24 at D = 7168, fp32 queries).
 GRADIENT_REGISTERS = 112
+APART_REGISTERS = 96
 MAX_COLUMNS = 256
 MAX_SLOTS = 4  # of tokens
 SCRATCH_BYTES = 1024  # alignment of the allocation
@@ -182,32 +184,31 @@ def phase1_bwd_config(
     config = Phase1BwdConfig(dtype, query, key_weight, hidden_size, num_sources, num_queries, d_lse, accumulate, tile)
     # Two tokens are in work at once, so a third is what loads go to meanwhile (measured on an H200, with two: 0.848 ->
     # 0.507 of copy bandwidth); of more than one octet, some are free earlier.
-    octets = config.octets
-    for slots in ((3, 3 * octets), (2, 2 * octets + 1), (2, octets + 1), (2, 2)):
+    octets, registers = config.octets, APART_REGISTERS if config.adds_apart else GRADIENT_REGISTERS
+    for sources, outputs, most in (
+        (3, 3 * octets, registers),
+        (2, 2 * octets + 1, registers),
+        (2, octets + 1, registers),
+        (2, 2, GRADIENT_REGISTERS),
+    ):
         for cluster in (1, 2, 4, 8):
-            found = _tile(config, cluster, *slots)
-            if found:
-                return found
+            tile = _tile(config, cluster, sources, outputs)
+            found = tile and dataclasses.replace(config, tile=tile)
+            if found and found.shared_bytes <= SHARED_BYTES and found.gradient_registers <= most:
+                return _fill(found)
     return None
 
 
-def _tile(config: Phase1BwdConfig, cluster: int, sources: int, outputs: int) -> Phase1BwdConfig | None:
-    """With as many slots as fit, at least those given."""
+def _tile(config: Phase1BwdConfig, cluster: int, sources: int, outputs: int) -> Phase1BwdTile | None:
+    """The least padding, then the most warps; None where a CTA would have no columns, or a warp too many."""
     pieces = ceil_div(config.hidden_size, PIECE)
     per_cta = ceil_div(pieces, cluster)
-    if (cluster - 1) * per_cta >= pieces:
-        return None
     fewest = ceil_div(per_cta, MAX_WARPS)
-    # The least padding, then the most warps.
-    for per_warp in sorted((fewest, fewest + 1), key=lambda k: (ceil_div(per_cta, k) * k, k)):
-        tile = Phase1BwdTile(cluster, ceil_div(per_cta, per_warp), per_warp * PIECE, sources, outputs, 1)
-        found = dataclasses.replace(config, tile=tile)
-        if found.gradient_registers > GRADIENT_REGISTERS or tile.columns > MAX_COLUMNS:
-            continue
-        if found.shared_bytes > SHARED_BYTES:
-            continue
-        return _fill(found)
-    return None
+    choices = [pieces for pieces in (fewest, fewest + 1) if pieces * PIECE <= MAX_COLUMNS]
+    if (cluster - 1) * per_cta >= pieces or not choices:
+        return None
+    per_warp = min(choices, key=lambda k: (ceil_div(per_cta, k) * k, k))
+    return Phase1BwdTile(cluster, ceil_div(per_cta, per_warp), per_warp * PIECE, sources, outputs, 1)
 
 
 def _fill(config: Phase1BwdConfig) -> Phase1BwdConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -9,7 +10,8 @@ import torch
 from cute_kernels.compile import cached_kernel, compile_kernel
 from cute_kernels.config import PARAMETER_DTYPES
 from cute_kernels.config_phase1_bwd import Phase1BwdConfig, phase1_bwd_config
-from cute_kernels.phase1_fwd import aligned, sm_count
+from cute_kernels.mix_fwd import address, current_stream, dtype_of, sm_count
+from cute_kernels.phase1_fwd import aligned
 from cute_kernels.query_grad import query_grad
 
 
@@ -39,6 +41,33 @@ def build(config: Phase1BwdConfig) -> Any:
     )
 
 
+@functools.cache
+def kernel_for(
+    dtype: torch.dtype,
+    query: torch.dtype,
+    key_weight: torch.dtype | None,
+    hidden_size: int,
+    num_sources: int,
+    num_queries: int,
+    d_lse: bool,
+    accumulate: bool,
+) -> tuple[Phase1BwdConfig, Any]:
+    """The launch's configuration, and the kernel compiled for it."""
+    config = phase1_bwd_config(
+        dtype=PARAMETER_DTYPES[dtype],
+        query=PARAMETER_DTYPES[query],
+        key_weight=None if key_weight is None else PARAMETER_DTYPES[key_weight],
+        hidden_size=hidden_size,
+        num_sources=num_sources,
+        num_queries=num_queries,
+        d_lse=d_lse,
+        accumulate=accumulate,
+    )
+    if config is None:
+        raise ValueError(f"no tile for hidden size {hidden_size}, {num_sources} sources, {num_queries} queries")
+    return config, build(config)
+
+
 def phase1_bwd(
     d_out: torch.Tensor,  # [S, T, D]
     d_lse: torch.Tensor | None,  # [S, T] fp32
@@ -62,28 +91,26 @@ def phase1_bwd(
     """
     queries, key_weights = aligned(queries), None if key_weights is None else aligned(key_weights)
     num_queries, tokens, hidden_size = d_out.shape
-    config = phase1_bwd_config(
-        dtype=PARAMETER_DTYPES[d_out.dtype],
-        query=PARAMETER_DTYPES[queries.dtype],
-        key_weight=None if key_weights is None else PARAMETER_DTYPES[key_weights.dtype],
-        hidden_size=hidden_size,
-        num_sources=len(sources),
-        num_queries=num_queries,
-        d_lse=d_lse is not None,
-        accumulate=accumulate,
+    config, kernel = kernel_for(
+        d_out.dtype,
+        queries.dtype,
+        dtype_of(key_weights),
+        hidden_size,
+        len(sources),
+        num_queries,
+        d_lse is not None,
+        accumulate,
     )
-    if config is None:
-        raise ValueError(f"no tile for hidden size {hidden_size}, {len(sources)} sources, {num_queries} queries")
     clusters = min(tokens, cluster_count(config.tile.cluster, sm_count(d_out.device)))
     du = torch.empty(clusters, num_queries, hidden_size, dtype=torch.float32, device=d_out.device)
-    build(config)(
+    kernel(
         d_out.data_ptr(),
-        0 if d_lse is None else d_lse.data_ptr(),
+        address(d_lse),
         [source.data_ptr() for source in sources],
         [source.stride(0) for source in sources],
         queries.data_ptr(),
         queries.stride(0),
-        0 if key_weights is None else key_weights.data_ptr(),
+        address(key_weights),
         0 if key_weights is None else key_weights.stride(0),
         lse.data_ptr(),
         logits.data_ptr(),
@@ -94,7 +121,7 @@ def phase1_bwd(
         tokens,
         scale,
         clusters * config.tile.cluster,
-        torch.cuda.current_stream(d_out.device).cuda_stream,
+        current_stream(d_out.device),
     )
     query_grad(du, queries, key_weights, d_queries, d_key_weights)
 

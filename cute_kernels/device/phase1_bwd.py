@@ -52,7 +52,6 @@ from cute_kernels.device.mma import (
     ldmatrix,
     load_scalar,
     load_shared,
-    mma,
     mma_k8,
     pack,
     power_of_two_scale,
@@ -64,7 +63,7 @@ from cute_kernels.device.mma import (
     transpose,
     unpack,
 )
-from cute_kernels.device.phase1 import TYPES, QueryReader, Work
+from cute_kernels.device.phase1 import TYPES, ChainedSum, QueryReader, Work
 from cute_kernels.device.pipelines import EVICT_FIRST, producer_state
 from cute_kernels.device.rows import add, exp_difference, tree
 
@@ -442,7 +441,7 @@ class Phase1BwdKernel:
             stage = memory.stage + buffer * self.config.stage_bytes
             for n in cutlass.range_constexpr(self.config.num_sources):
                 address = d_sources[n] + (token * d_strides[n] + column) * ITEM
-                bulk_store(address, stage + n * self.tile.row_bytes, size, present)
+                bulk_store(address, stage + n * self.tile.row_bytes, size, EVICT_FIRST, present)
             cute.arch.cp_async_bulk_commit_group()
             cute.arch.cp_async_bulk_wait_group(0, read=True)
             cute.arch.mbarrier_arrive(memory.stored + buffer)
@@ -548,22 +547,21 @@ class Phase1BwdKernel:
         index, parity, slot = self.output_slot(memory, turn, octet)
         cute.arch.mbarrier_wait(memory.outputs_full + index, parity)
         d_out_rows = self.rows(lane, slot, config.octet_rows(octet))
-        sums: list[list[Float32] | None] = [None, None]
+        sums, zero = ChainedSum(self.dtype, alternating=True), Int32(0)
         for step, tiles in enumerate(self.steps()):
             columns = step * STEP * ITEM
             source, d_out = ldmatrix(source_rows, columns), ldmatrix(d_out_rows, columns)
+            if len(tiles) < TILES:
+                d_out[2:] = [zero, zero]
             for half in range(2):
-                if len(tiles) == TILES:
-                    operand = ((d_out[0], d_out[2]), (d_out[1], d_out[3]))
-                    sums[half] = mma(self.dtype, operand, (source[2 * half], source[2 * half + 1]), sums[half])
-                else:
-                    sums[half] = mma_k8(self.dtype, (d_out[0], d_out[1]), source[2 * half], sums[half])
+                operand = ((d_out[0], d_out[2]), (d_out[1], d_out[3]))
+                sums.add(operand, (source[2 * half], source[2 * half + len(tiles) // TILES]))
             # See mix.
             if step % 2:
                 cute.arch.sync_warp()
         buffer = (turn * config.octets + octet) % BUFFERS
         share = memory.partial + (buffer * tile.warps + lane.warp) * PARTIAL_BYTES
-        store_shared(share + lane.lane * 8, 0, [sums[0][e] + sums[1][2 + e] for e in range(2)])
+        store_shared(share + lane.lane * 8, 0, *sums.octets())
 
     def exchange(self, memory: Memory, work: Work, lane: Lane, turn: Int32, octet: int) -> None:
         """Makes the warps' partial sums common; over a cluster, adds this warp's share of them up and sends it to every
