@@ -191,24 +191,24 @@ def phase1_bwd_config(
         (2, octets + 1, registers),
         (2, 2, GRADIENT_REGISTERS),
     ):
-        for cluster in (1, 2, 4, 8):
-            tile = _tile(config, cluster, sources, outputs)
-            found = tile and dataclasses.replace(config, tile=tile)
-            if found and found.shared_bytes <= SHARED_BYTES and found.gradient_registers <= most:
+        for tile in _tiles(hidden_size, sources, outputs):
+            found = dataclasses.replace(config, tile=tile)
+            if found.shared_bytes <= SHARED_BYTES and found.gradient_registers <= most:
                 return _fill(found)
     return None
 
 
-def _tile(config: Phase1BwdConfig, cluster: int, sources: int, outputs: int) -> Phase1BwdTile | None:
-    """The least padding, then the most warps; None where a CTA would have no columns, or a warp too many."""
-    pieces = ceil_div(config.hidden_size, PIECE)
-    per_cta = ceil_div(pieces, cluster)
-    fewest = ceil_div(per_cta, MAX_WARPS)
-    choices = [pieces for pieces in (fewest, fewest + 1) if pieces * PIECE <= MAX_COLUMNS]
-    if (cluster - 1) * per_cta >= pieces or not choices:
-        return None
-    per_warp = min(choices, key=lambda k: (ceil_div(per_cta, k) * k, k))
-    return Phase1BwdTile(cluster, ceil_div(per_cta, per_warp), per_warp * PIECE, sources, outputs, 1)
+def _tiles(hidden_size: int, sources: int, outputs: int) -> Iterator[Phase1BwdTile]:
+    """The smallest clusters first; of one size, the least padding, then the most warps."""
+    pieces = ceil_div(hidden_size, PIECE)
+    for cluster in (1, 2, 4, 8):
+        per_cta = ceil_div(pieces, cluster)
+        if (cluster - 1) * per_cta >= pieces:
+            continue  # a CTA without columns
+        fewest = ceil_div(per_cta, MAX_WARPS)
+        for per_warp in sorted((fewest, fewest + 1), key=lambda k: (ceil_div(per_cta, k) * k, k)):
+            if per_warp * PIECE <= MAX_COLUMNS:
+                yield Phase1BwdTile(cluster, ceil_div(per_cta, per_warp), per_warp * PIECE, sources, outputs, 1)
 
 
 def _fill(config: Phase1BwdConfig) -> Phase1BwdConfig:

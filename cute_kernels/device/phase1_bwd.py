@@ -27,6 +27,7 @@ import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float16, Float32, Int32, Int64, const_expr
+from cutlass.memory import SmemAllocator
 
 from cute_kernels.config import ITEM_BYTES, LANES, VECTOR
 from cute_kernels.config_phase1 import OCTET
@@ -234,7 +235,7 @@ class Phase1BwdKernel:
         tile = self.tile
         thread, _, _ = cute.arch.thread_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        base = cutlass.utils.SmemAllocator().allocate(self.config.shared_bytes - SCRATCH_BYTES, SCRATCH_BYTES)
+        base = SmemAllocator().allocate(self.config.shared_bytes - SCRATCH_BYTES, SCRATCH_BYTES)
         memory = Memory(self.config, base)
 
         if thread == 0:
