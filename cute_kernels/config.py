@@ -6,7 +6,6 @@ kernels: the interface layer reads this module at dispatch.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -19,6 +18,7 @@ ALIGNMENT = 16  # bytes: what a bulk copy and a 16-byte store need of every row'
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 PARAMETER_DTYPES = DTYPES | {torch.float32: "fp32"}
 ROW_OPS = ("mix_fwd", "phase2_fwd", "phase2_bwd", "serve_step")
+PHASE1_OPS = ("phase1_fwd", "phase1_bwd")
 
 LANES = 32
 VECTOR = 8  # elements of 16 bytes
@@ -71,12 +71,12 @@ def refusal(
     *, op: str, dtype: torch.dtype, hidden_size: int, num_sources: int, num_queries: int, byte_alignment: int
 ) -> str | None:
     """Why the CuTe backend cannot take this call, or None. All limits are stated here."""
-    if op == "phase1_fwd":
-        try:
-            from cute_kernels.config_phase1 import phase1_refusal
-        except ModuleNotFoundError:
-            return "phase1_fwd has no CuTe kernel yet"
-        return phase1_refusal(
+    if op in PHASE1_OPS:
+        from cute_kernels.config_phase1 import phase1_refusal
+        from cute_kernels.config_phase1_bwd import phase1_bwd_refusal
+
+        refuses = phase1_refusal if op == "phase1_fwd" else phase1_bwd_refusal
+        return refuses(
             dtype=dtype,
             hidden_size=hidden_size,
             num_sources=num_sources,
@@ -473,10 +473,10 @@ def representative_configs() -> Iterator[tuple[str, Callable[[Any], Any], Any]]:
         (None, fp16, fp16, None),
     ):
         yield "query_grad", query_grad.build, query_grad_config(*dtypes)
+    from cute_kernels.config_phase1 import phase1_configs
+    from cute_kernels.config_phase1_bwd import phase1_bwd_configs
     from cute_kernels.config_phase2_bwd import phase2_bwd_configs
 
+    yield from phase1_configs()
+    yield from phase1_bwd_configs()
     yield from phase2_bwd_configs()
-    with contextlib.suppress(ModuleNotFoundError):
-        from cute_kernels.config_phase1 import phase1_configs
-
-        yield from phase1_configs()
