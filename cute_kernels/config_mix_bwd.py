@@ -18,7 +18,7 @@ from cute_kernels.config import (
     PARAMETER_DTYPES,
     SHARED_BYTES,
     VECTOR,
-    Tile,
+    RingTile,
     exchange_bytes,
     slot_bytes,
     table_bytes,
@@ -57,7 +57,7 @@ class MixBwdConfig:
     query: str
     key_weight: str | None
     output_weight: str | None
-    tile: Tile
+    tile: RingTile
     cluster: int  # CTAs that share a token, a part of its columns each
 
     @property
@@ -100,7 +100,7 @@ class MixBwdConfig:
         )
 
 
-def other_bytes(columns: int, num_sources: int, tile: Tile, cluster: int, output_norm: bool) -> int:
+def other_bytes(columns: int, num_sources: int, tile: RingTile, cluster: int, output_norm: bool) -> int:
     """Shared memory besides the rings."""
     return (
         table_bytes(num_sources + 1, tile.producer_warps)
@@ -110,22 +110,22 @@ def other_bytes(columns: int, num_sources: int, tile: Tile, cluster: int, output
     )
 
 
-def make_tile(columns: int, num_sources: int, warps: int, groups: int, cluster: int, output_norm: bool) -> Tile:
+def make_tile(columns: int, num_sources: int, warps: int, groups: int, cluster: int, output_norm: bool) -> RingTile:
     """A tile with as many slots as there is room for."""
     producers = 4 if warps * groups in (8, 12, 16) else 1
-    tile = Tile(warps, groups, producers, num_sources, 1, 0)
+    tile = RingTile(warps, groups, producers, num_sources, 1, 0)
     room = (SHARED_BYTES - other_bytes(columns, num_sources, tile, cluster, output_norm)) // groups
     pitch = tile.pitch(columns)
     # A producer warp's lanes initialise a slot each: many short rows share slots.
     rows = 1
     while room // slot_bytes(rows, pitch) > MAX_SLOTS and rows <= num_sources:
         rows += 1
-    return Tile(warps, groups, producers, num_sources, rows, min(room // slot_bytes(rows, pitch), MAX_SLOTS))
+    return RingTile(warps, groups, producers, num_sources, rows, min(room // slot_bytes(rows, pitch), MAX_SLOTS))
 
 
 @functools.cache
-def mix_bwd_tile(hidden_size: int, num_sources: int, output_norm: bool) -> tuple[Tile, int] | None:
-    """Tile and CTAs of a cluster; None where the rows of a token do not fit into shared memory."""
+def mix_bwd_tile(hidden_size: int, num_sources: int, output_norm: bool) -> tuple[RingTile, int] | None:
+    """RingTile and CTAs of a cluster; None where the rows of a token do not fit into shared memory."""
     choices = []
     for cluster in CLUSTERS:
         columns = hidden_size // cluster
@@ -139,7 +139,7 @@ def mix_bwd_tile(hidden_size: int, num_sources: int, output_norm: bool) -> tuple
                 if fits and vectors <= 4 and tile.registers >= REGISTERS[output_norm][vectors - 1]:
                     choices.append((tile, cluster))
 
-    def worth(choice: tuple[Tile, int]) -> tuple[bool, int, int, int, int]:
+    def worth(choice: tuple[RingTile, int]) -> tuple[bool, int, int, int, int]:
         tile, cluster = choice
         ahead = tile.slots * tile.rows >= LOOK_AHEAD * (num_sources + 1)
         warps = min(tile.consumer_warps, GOOD_CONSUMER_WARPS)
@@ -162,7 +162,7 @@ def mix_bwd_config(
     query: torch.dtype,
     key_weight: torch.dtype | None = None,
     output_weight: torch.dtype | None = None,
-    tile: tuple[Tile, int] | None = None,
+    tile: tuple[RingTile, int] | None = None,
 ) -> MixBwdConfig:
     names = PARAMETER_DTYPES | {None: None}
     tile = tile or mix_bwd_tile(hidden_size, num_sources, output_weight is not None)

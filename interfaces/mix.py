@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from attnres import backend as backends
 from attnres import checked_mode, contracts
-from attnres.registration import Operator, needs_grad
+from attnres.registration import Operator, Outputs, needs_grad
 
 
 def attn_res(
@@ -87,29 +88,25 @@ def _allocate(
     want_weights: bool,
     backend: str,
     origin: str,
-) -> tuple[Tensor, ...]:
-    """out [..., D], mixed [T, D], logits [L, T], rstd [L, T], lse [T], weights [L, ...]; empty where not wanted."""
-    shape = sources[0].shape[1:] if stacked else sources[0].shape
-    depth = sources[0].shape[0] if stacked else len(sources)
-    *leading, size = shape
-    tokens = 1
-    for extent in leading:
-        tokens = tokens * extent
-
-    def fp32(wanted: bool, *extents: int) -> Tensor:
-        return sources[0].new_empty(extents if wanted else (0,), dtype=torch.float32)
-
-    return (
-        sources[0].new_empty(shape),
-        fp32(save_statistics and save_mixed, tokens, size),
-        fp32(save_statistics, depth, tokens),
-        fp32(save_statistics, depth, tokens),
-        fp32(save_statistics, tokens),
-        fp32(want_weights, depth, *leading),
-    )
+) -> Outputs:
+    """out [..., D], mixed [T, D], logits [L, T], rstd [L, T], lse [T], weights [L, ...]; None where not wanted."""
+    first = sources[0]
+    shape = first.shape[1:] if stacked else first.shape
+    depth = first.shape[0] if stacked else len(sources)
+    mixed = logits = rstd = lse = weights = None
+    if save_statistics:
+        tokens = math.prod(shape[:-1])
+        logits, rstd, lse = (
+            first.new_empty(s, dtype=torch.float32) for s in ((depth, tokens), (depth, tokens), (tokens,))
+        )
+        if save_mixed:
+            mixed = first.new_empty((tokens, shape[-1]), dtype=torch.float32)
+    if want_weights:
+        weights = first.new_empty((depth, *shape[:-1]), dtype=torch.float32)
+    return first.new_empty(shape), mixed, logits, rstd, lse, weights
 
 
-def _forward(
+def forward(
     sources: list[Tensor],
     query: Tensor,
     key_weight: Tensor | None,
@@ -122,7 +119,7 @@ def _forward(
     want_weights: bool,
     backend: str,
     origin: str,
-) -> tuple[Tensor, ...]:
+) -> Outputs:
     outputs = _allocate(
         sources,
         query,
@@ -142,8 +139,10 @@ def _forward(
     tokens = rows[0].shape[0]
     if tokens == 0:
         return outputs
-    out, mixed, logits, rstd, lse, weights = outputs
-    query = query.view(-1)
+    out, *statistics, weights = outputs
+    out = contracts.rows(out)
+    weights = None if weights is None else weights.view(len(rows), tokens)
+    query = contracts.vector(query)
     backends.launch(
         "mix_fwd",
         name,
@@ -155,20 +154,13 @@ def _forward(
         eps,
         eps,
         scale,
-        out.view(tokens, -1),
-        mixed if mixed.numel() else None,
-        logits if save_statistics else None,
-        rstd if save_statistics else None,
-        lse if save_statistics else None,
-        weights.view(len(rows), tokens) if want_weights else None,
+        out,
+        *statistics,
+        weights,
     )
     if checked_mode.is_on():
         arguments = _oracle_arguments(rows, query, key_weight, output_weight, eps, scale)
-        results: dict[str, Tensor | Sequence[Tensor] | None] = {
-            "out": out.view(tokens, -1),
-            "weights": weights.view(len(rows), -1) if want_weights else None,
-        }
-        checked_mode.verify("mix", name, arguments, results)
+        checked_mode.verify("mix", name, arguments, {"out": out, "weights": weights})
     return outputs
 
 
@@ -191,7 +183,7 @@ def _allocate_gradients(
     query: Tensor,
     key_weight: Tensor | None,
     output_weight: Tensor | None,
-    mixed: Tensor,
+    mixed: Tensor | None,
     logits: Tensor,
     rstd: Tensor,
     lse: Tensor,
@@ -214,7 +206,7 @@ def _backward(
     query: Tensor,
     key_weight: Tensor | None,
     output_weight: Tensor | None,
-    mixed: Tensor,
+    mixed: Tensor | None,
     logits: Tensor,
     rstd: Tensor,
     lse: Tensor,
@@ -226,13 +218,51 @@ def _backward(
     gradients = _allocate_gradients(
         d_out, sources, query, key_weight, output_weight, mixed, logits, rstd, lse, eps, scale, stacked, backend
     )
+    fill_gradients(
+        gradients,
+        d_out,
+        sources,
+        query,
+        key_weight,
+        output_weight,
+        mixed,
+        logits,
+        rstd,
+        lse,
+        eps,
+        scale,
+        stacked,
+        backend,
+    )
+    return gradients
+
+
+def fill_gradients(
+    gradients: list[Tensor],
+    d_out: Tensor,
+    sources: list[Tensor],
+    query: Tensor,
+    key_weight: Tensor | None,
+    output_weight: Tensor | None,
+    mixed: Tensor | None,
+    logits: Tensor,
+    rstd: Tensor,
+    lse: Tensor,
+    eps: float,
+    scale: float,
+    stacked: bool,
+    backend: str,
+) -> None:
+    """Fills d_sources, d_query, d_key_weight and d_output_weight; those of the parameters may have any of the dtypes."""
     *d_sources, d_query, d_key_weight, d_output_weight = gradients
     rows, d_rows = contracts.unstack(sources, stacked), contracts.unstack(d_sources, stacked)
     tokens = rows[0].shape[0]
     if tokens == 0:
-        return [gradient.zero_() for gradient in gradients]
+        for gradient in gradients:
+            gradient.zero_()
+        return
     d_out = contracts.rows(d_out.contiguous())
-    query, d_query = query.view(-1), d_query.view(-1)
+    query, d_query = contracts.vector(query), contracts.vector(d_query)
     d_key = None if key_weight is None else d_key_weight
     d_output = None if output_weight is None else d_output_weight
     name = backends.choose_backward(contracts.spec("mix_bwd", [d_out, *rows, *d_rows], len(rows)), backend)
@@ -248,7 +278,7 @@ def _backward(
         eps,
         eps,
         scale,
-        mixed if mixed.numel() else None,
+        mixed,
         logits,
         rstd,
         lse,
@@ -266,14 +296,13 @@ def _backward(
             "d_output_rms_weight": d_output,
         }
         checked_mode.verify("mix", name, arguments, results, {"out": d_out})
-    return gradients
 
 
-def _save(ctx: Any, arguments: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
-    sources, query, key_weight, output_weight, eps, scale, stacked, _, _, _, backend, _ = arguments
-    _, mixed, logits, rstd, lse, weights = outputs
-    ctx.mark_non_differentiable(mixed, logits, rstd, lse, weights)
-    ctx.save_for_backward(*sources, query, key_weight, output_weight, mixed, logits, rstd, lse)
+def _save(ctx: Any, arguments: tuple[Any, ...], outputs: Outputs) -> None:
+    sources, query, key_weight, output_weight, eps, scale, stacked, _, save_mixed, _, backend, _ = arguments
+    _, mixed, logits, rstd, lse, _ = outputs
+    ctx.mark_non_differentiable(*(output for output in outputs[1:] if output is not None))
+    ctx.save_for_backward(*sources, query, key_weight, output_weight, mixed if save_mixed else None, logits, rstd, lse)
     ctx.options = (eps, scale, stacked, backend)
 
 
@@ -295,9 +324,9 @@ _mix = Operator(
     "(Tensor[] sources, Tensor query, Tensor? key_weight, Tensor? output_weight, float eps, float scale, bool stacked, "
     "bool save_statistics, bool save_mixed, bool want_weights, str backend, str origin) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "(Tensor d_out, Tensor[] sources, Tensor query, Tensor? key_weight, Tensor? output_weight, Tensor mixed, Tensor logits, "
+    "(Tensor d_out, Tensor[] sources, Tensor query, Tensor? key_weight, Tensor? output_weight, Tensor? mixed, Tensor logits, "
     "Tensor rstd, Tensor lse, float eps, float scale, bool stacked, str backend) -> Tensor[]",
-    forward=_forward,
+    forward=forward,
     backward=_backward,
     allocate_forward=_allocate,
     allocate_backward=_allocate_gradients,

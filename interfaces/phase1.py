@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from attnres import backend as backends
 from attnres import checked_mode, contracts
-from attnres.registration import Operator, needs_grad
+from attnres.registration import Operator, Outputs, needs_grad
 
 
 def phase_1(
@@ -66,21 +67,18 @@ def _allocate(
     save_statistics: bool,
     backend: str,
     origin: str,
-) -> tuple[Tensor, ...]:
-    """out [S, ..., D], lse [S, ...], logits [S, N, T], rstd [N, T]; the last two empty where not wanted."""
+) -> Outputs:
+    """out [S, ..., D], lse [S, ...], logits [S, N, T], rstd [N, T]; the last two None where not wanted."""
     first = sources[0]
     *leading, size = first.shape[1:] if stacked else first.shape
     depth, sites = first.shape[0] if stacked else len(sources), queries.shape[0]
-    tokens = 1
-    for extent in leading:
-        tokens = tokens * extent
-    logits, rstd = ((sites, depth, tokens), (depth, tokens)) if save_statistics else ((0,), (0,))
-    return (
-        first.new_empty((sites, *leading, size)),
-        first.new_empty((sites, *leading), dtype=torch.float32),
-        first.new_empty(logits, dtype=torch.float32),
-        first.new_empty(rstd, dtype=torch.float32),
-    )
+    logits = rstd = None
+    if save_statistics:
+        tokens = math.prod(leading)
+        logits = first.new_empty((sites, depth, tokens), dtype=torch.float32)
+        rstd = first.new_empty((depth, tokens), dtype=torch.float32)
+    out = first.new_empty((sites, *leading, size))
+    return out, first.new_empty((sites, *leading), dtype=torch.float32), logits, rstd
 
 
 def _forward(
@@ -93,21 +91,36 @@ def _forward(
     save_statistics: bool,
     backend: str,
     origin: str,
-) -> tuple[Tensor, ...]:
+) -> Outputs:
     outputs = _allocate(sources, queries, key_weights, eps, scale, stacked, save_statistics, backend, origin)
+    fill_outputs(outputs, sources, queries, key_weights, eps, scale, stacked, backend, origin)
+    return outputs
+
+
+def fill_outputs(
+    outputs: Outputs,
+    sources: list[Tensor],
+    queries: Tensor,
+    key_weights: Tensor | None,
+    eps: float,
+    scale: float,
+    stacked: bool,
+    backend: str,
+    origin: str,
+) -> None:
+    """Fills out, lse and, where they are wanted, logits and rstd."""
     rows = contracts.unstack(sources, stacked)
     sites, tokens = queries.shape[0], rows[0].shape[0]
     name = backends.choose(contracts.spec("phase1_fwd", rows, len(rows), sites), (backend, origin))
     if tokens == 0:
-        return outputs
+        return
     out, lse = outputs[0].view(sites, tokens, -1), outputs[1].view(sites, tokens)
-    logits, rstd = outputs[2:] if save_statistics else (None, None)
+    _, _, logits, rstd = outputs
     weights = _per_site(key_weights, queries)
     backends.launch("phase1_fwd", name, queries.device, rows, queries, weights, eps, scale, out, lse, logits, rstd)
     if checked_mode.is_on():
         arguments = _oracle_arguments(rows, queries, key_weights, eps, scale)
         checked_mode.verify("phase1", name, arguments, {"out": out, "lse": lse})
-    return outputs
 
 
 def _per_site(key_weights: Tensor | None, queries: Tensor) -> Tensor | None:
@@ -163,11 +176,43 @@ def _backward(
     gradients = _allocate_gradients(
         d_out, d_lse, sources, queries, key_weights, lse, logits, rstd, eps, scale, stacked, backend
     )
+    fill_gradients(
+        gradients, False, d_out, d_lse, sources, queries, key_weights, lse, logits, rstd, eps, scale, stacked, backend
+    )
+    return gradients
+
+
+def fill_gradients(
+    gradients: list[Tensor],
+    accumulate: bool,
+    d_out: Tensor,
+    d_lse: Tensor | None,
+    sources: list[Tensor],
+    queries: Tensor,
+    key_weights: Tensor | None,
+    lse: Tensor,
+    logits: Tensor,
+    rstd: Tensor,
+    eps: float,
+    scale: float,
+    stacked: bool,
+    backend: str,
+) -> None:
+    """Fills d_sources (with `accumulate` adds to them), d_queries and d_key_weights, which may have any of the dtypes."""
     *d_sources, d_queries, d_key_weights = gradients
+    if accumulate and checked_mode.is_on():  # the oracle judges what this call alone contributes
+        shares = [torch.empty_like(d_source) for d_source in d_sources]
+        given = d_out, d_lse, sources, queries, key_weights, lse, logits, rstd, eps, scale, stacked, backend
+        fill_gradients([*shares, d_queries, d_key_weights], False, *given)
+        for d_source, share in zip(d_sources, shares, strict=True):
+            d_source.add_(share)
+        return
     rows, d_rows = contracts.unstack(sources, stacked), contracts.unstack(d_sources, stacked)
     sites, tokens = queries.shape[0], rows[0].shape[0]
     if tokens == 0:
-        return [gradient.zero_() for gradient in gradients]
+        for gradient in (d_queries, d_key_weights) if accumulate else gradients:
+            gradient.zero_()
+        return
     d_out = d_out.contiguous().view(sites, tokens, -1)
     d_lse = None if d_lse is None else d_lse.contiguous().view(sites, tokens)
     d_weights = None
@@ -191,7 +236,7 @@ def _backward(
         logits,
         rstd,
         d_rows,
-        False,
+        accumulate,
         d_queries,
         d_weights,
     )
@@ -205,10 +250,9 @@ def _backward(
             "d_rms_weight": d_key_weights if key_weights is not None else None,
         }
         checked_mode.verify("phase1", name, arguments, results, {"out": d_out, "lse": d_lse})
-    return gradients
 
 
-def _save(ctx: Any, arguments: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+def _save(ctx: Any, arguments: tuple[Any, ...], outputs: Outputs) -> None:
     sources, queries, key_weights, eps, scale, stacked, _, backend, _ = arguments
     _, lse, logits, rstd = outputs
     ctx.mark_non_differentiable(logits, rstd)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attnres import backend as backends
 from attnres import checked_mode, contracts
-from attnres.registration import Operator, needs_grad
+from attnres.registration import Operator, Outputs, needs_grad
 
 
 def phase_2(
@@ -101,18 +101,17 @@ def _allocate(
     save_statistics: bool,
     backend: str,
     origin: str,
-) -> tuple[Tensor, ...]:
-    """out [..., D], new_partial [..., D] (empty without delta), logit [...], rstd [...] (empty where not wanted)."""
-    statistics = inter_lse.shape if save_statistics else (0,)
+) -> Outputs:
+    """out [..., D], new_partial [..., D] (None without delta), logit [...], rstd [...] (None where not wanted)."""
     return (
         partial.new_empty(partial.shape),
-        partial.new_empty(0 if delta is None else partial.shape),
-        inter_lse.new_empty(statistics),
-        inter_lse.new_empty(statistics),
+        None if delta is None else partial.new_empty(partial.shape),
+        inter_lse.new_empty(inter_lse.shape) if save_statistics else None,
+        inter_lse.new_empty(inter_lse.shape) if save_statistics else None,
     )
 
 
-def _forward(
+def forward(
     partial: Tensor,
     delta: Tensor | None,
     query: Tensor,
@@ -126,7 +125,7 @@ def _forward(
     save_statistics: bool,
     backend: str,
     origin: str,
-) -> tuple[Tensor, ...]:
+) -> Outputs:
     outputs = _allocate(
         partial,
         delta,
@@ -147,9 +146,9 @@ def _forward(
     tokens = storage[0].shape[0]
     if tokens == 0:
         return outputs
-    out, new_partial = outputs[0].view(tokens, -1), outputs[1].view(tokens, -1) if delta is not None else None
-    logit, rstd = (value.view(-1) for value in outputs[2:]) if save_statistics else (None, None)
-    query, lse = query.view(-1), inter_lse.contiguous().view(-1)
+    out, new_partial = (None if value is None else contracts.rows(value) for value in outputs[:2])
+    logit, rstd = (None if value is None else contracts.vector(value) for value in outputs[2:])
+    query, lse = contracts.vector(query), contracts.vector(inter_lse.contiguous())
     addend = storage[2] if delta is not None else None
     backends.launch(
         "phase2_fwd",
@@ -258,19 +257,60 @@ def _backward(
         scale,
         backend,
     )
+    fill_gradients(
+        gradients,
+        d_out,
+        d_new_partial,
+        partial,
+        query,
+        key_weight,
+        inter_out,
+        inter_lse,
+        output_weight,
+        logit,
+        rstd,
+        eps,
+        output_eps,
+        scale,
+        backend,
+    )
+    return gradients
+
+
+def fill_gradients(
+    gradients: list[Tensor],
+    d_out: Tensor,
+    d_new_partial: Tensor | None,
+    partial: Tensor,
+    query: Tensor,
+    key_weight: Tensor | None,
+    inter_out: Tensor,
+    inter_lse: Tensor,
+    output_weight: Tensor | None,
+    logit: Tensor,
+    rstd: Tensor,
+    eps: float,
+    output_eps: float,
+    scale: float,
+    backend: str,
+) -> None:
+    """Fills d_partial, d_inter_out, d_inter_lse and the parameters' gradients, which may have any of the dtypes."""
     d_partial, d_inter_out, d_inter_lse, d_query, d_key_weight, d_output_weight = gradients
     partial, inter_out = contracts.rows(partial), contracts.rows(inter_out)
     tokens = partial.shape[0]
     if tokens == 0:
-        return [gradient.zero_() for gradient in gradients]
+        for gradient in gradients:
+            gradient.zero_()
+        return
     d_out = contracts.rows(d_out.contiguous())
     d_new_partial = None if d_new_partial is None else contracts.rows(d_new_partial.contiguous())
     d_partial, d_inter_out = contracts.rows(d_partial), contracts.rows(d_inter_out)
-    query, d_query = query.view(-1), d_query.view(-1)
-    lse, d_lse = inter_lse.contiguous().view(-1), d_inter_lse.view(-1)
+    query, d_query = contracts.vector(query), contracts.vector(d_query)
+    lse, d_lse = contracts.vector(inter_lse.contiguous()), contracts.vector(d_inter_lse)
     d_key = None if key_weight is None else d_key_weight
     d_output = None if output_weight is None else d_output_weight
-    name = backends.choose_backward(contracts.spec("phase2_bwd", [d_out, partial, inter_out, d_partial]), backend)
+    storage = [d_out, partial, inter_out, d_partial, d_inter_out] + ([] if d_new_partial is None else [d_new_partial])
+    name = backends.choose_backward(contracts.spec("phase2_bwd", storage), backend)
     backends.launch(
         "phase2_bwd",
         name,
@@ -286,8 +326,8 @@ def _backward(
         eps,
         output_eps,
         scale,
-        logit.view(-1),
-        rstd.view(-1),
+        contracts.vector(logit),
+        contracts.vector(rstd),
         d_partial,
         d_inter_out,
         d_lse,
@@ -308,10 +348,9 @@ def _backward(
         }
         grads = {"out": d_out, "new_partial": d_new_partial}
         checked_mode.verify("phase2", name, {**arguments, "delta": torch.zeros_like(partial)}, results, grads)
-    return gradients
 
 
-def _save(ctx: Any, arguments: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+def _save(ctx: Any, arguments: tuple[Any, ...], outputs: Outputs) -> None:
     partial, delta, query, key_weight, inter_out, inter_lse, output_weight, eps, output_eps, scale, _, backend, _ = (
         arguments
     )
@@ -357,7 +396,7 @@ _phase_2 = Operator(
     "float eps, float output_eps, float scale, bool save_statistics, str backend, str origin) -> (Tensor, Tensor, Tensor, Tensor)",
     "(Tensor d_out, Tensor? d_new_partial, Tensor partial, Tensor query, Tensor? key_weight, Tensor inter_out, Tensor inter_lse, "
     "Tensor? output_weight, Tensor logit, Tensor rstd, float eps, float output_eps, float scale, str backend) -> Tensor[]",
-    forward=_forward,
+    forward=forward,
     backward=_backward,
     allocate_forward=_allocate,
     allocate_backward=_allocate_gradients,

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+Outputs = tuple[Any, ...]  # tensors; None where one is not wanted
+
 _library = torch.library.Library("attnres", "FRAGMENT")
 
 
@@ -19,9 +21,10 @@ class Operator:
     """A differentiable operator.
 
     forward(*arguments) -> tuple of new tensors and backward(*arguments) -> list of new tensors do the work; allocate_forward and
-    allocate_backward make their outputs' metadata alone (the fake implementations). save(ctx, arguments, outputs) keeps what the
-    gradient needs; gradient(ctx, backward, *grads) returns one gradient per argument. Where the schema's first argument is a
-    Tensor[], the gradient's first element is a list.
+    allocate_backward make their outputs' metadata alone (the fake implementations). An output that is not wanted is None, which
+    torch.library has as an empty tensor. save(ctx, arguments, outputs) keeps what the gradient needs; gradient(ctx, backward,
+    *grads) returns one gradient per argument. Where the schema's first argument is a Tensor[], the gradient's first element is a
+    list.
     """
 
     def __init__(
@@ -30,16 +33,16 @@ class Operator:
         schema: str,
         backward_schema: str,
         *,
-        forward: Callable[..., tuple[Tensor, ...]],
+        forward: Callable[..., Outputs],
         backward: Callable[..., list[Tensor]],
-        allocate_forward: Callable[..., tuple[Tensor, ...]],
+        allocate_forward: Callable[..., Outputs],
         allocate_backward: Callable[..., list[Tensor]],
-        save: Callable[[Any, tuple[Any, ...], tuple[Tensor, ...]], None],
+        save: Callable[[Any, tuple[Any, ...], Outputs], None],
         gradient: Callable[..., tuple[Any, ...]],
     ):
         self._forward = forward
         self._takes_list = schema.startswith("(Tensor[]")
-        register(name, schema, forward, allocate_forward)
+        register(name, schema, _none_is_empty(forward), _none_is_empty(allocate_forward))
         register(f"{name}_backward", backward_schema, backward, allocate_backward)
         self._operator = getattr(torch.ops.attnres, name)
         backward_operator = getattr(torch.ops.attnres, f"{name}_backward")
@@ -51,7 +54,7 @@ class Operator:
         )
         self._function = self._autograd_function(forward, backward, save, gradient)
 
-    def __call__(self, differentiable: bool, *arguments: Any) -> tuple[Tensor, ...]:
+    def __call__(self, differentiable: bool, *arguments: Any) -> tuple[Any, ...]:
         """The forward's outputs, part of the autograd graph when `differentiable` (see needs_grad)."""
         if torch.compiler.is_compiling():
             return self._operator(*arguments)
@@ -68,16 +71,16 @@ class Operator:
 
     def _autograd_function(
         self,
-        forward: Callable[..., tuple[Tensor, ...]],
+        forward: Callable[..., Outputs],
         backward: Callable[..., list[Tensor]],
-        save: Callable[[Any, tuple[Any, ...], tuple[Tensor, ...]], None],
+        save: Callable[[Any, tuple[Any, ...], Outputs], None],
         gradient: Callable[..., tuple[Any, ...]],
     ) -> Any:
         nested, takes_list = self._nested, self._takes_list
 
         class Eager(torch.autograd.Function):
             @staticmethod
-            def forward(ctx: Any, *flat: Any) -> tuple[Tensor, ...]:
+            def forward(ctx: Any, *flat: Any) -> Outputs:
                 arguments = nested(flat)
                 outputs = forward(*arguments)
                 save(ctx, arguments, outputs)
@@ -90,6 +93,15 @@ class Operator:
                 return (None, *found[0], *found[1:]) if takes_list else found
 
         return Eager
+
+
+def _none_is_empty(run: Callable[..., Outputs]) -> Callable[..., tuple[Tensor, ...]]:
+    def filled(*arguments: Any) -> tuple[Tensor, ...]:
+        outputs = run(*arguments)
+        first = next(output for output in outputs if output is not None)
+        return tuple(first.new_empty(0) if output is None else output for output in outputs)
+
+    return filled
 
 
 def register(name: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:

@@ -7,7 +7,7 @@
     dv_i = p_i dm + g_i u - (rstd_i^2 logit_i h_i / D) v_i
     du   = sum_tokens sum_i g_i v_i                                      d_w_out = sum_tokens d_out * rstd_o m
 
-Roles and rings are the row kernel's (device/mix.py); the rows of a token are d_out, then the sources. Here they stay in shared
+Roles and rings are the row kernel's (mix_ring.py); the rows of a token are d_out, then the sources. Here they stay in shared
 memory until the last pass over them:
 
     pass 1   as the rows arrive: b_i, and m for the norm
@@ -30,7 +30,8 @@ from cutlass.pipeline import PipelineState
 
 from cute_kernels.config import PRODUCER_REGISTERS
 from cute_kernels.config_mix_bwd import BackwardOperands, MixBwdConfig
-from cute_kernels.device.mix import TYPES, RowKernel, RowReader, Scalars
+from cute_kernels.device.mix import TYPES, Scalars
+from cute_kernels.device.mix_ring import RingKernel, RowReader
 from cute_kernels.device.mma import ptx, store_cluster
 from cute_kernels.device.pipelines import (
     NamedBarrier,
@@ -74,10 +75,14 @@ class Part(NamedTuple):
         return self.sums.spread_one([numbers[self.index]], i)
 
 
-class MixBwdKernel(RowKernel):
+class MixBwdKernel(RingKernel):
     def __init__(self, config: MixBwdConfig):
         super().__init__(config)
-        self.cluster, self.columns = config.cluster, config.columns
+        self.cluster = config.cluster
+
+    @property
+    def columns(self) -> int:
+        return self.config.columns
 
     @cute.jit
     def __call__(
@@ -93,10 +98,11 @@ class MixBwdKernel(RowKernel):
     ):
         self.kernel(rows, strides, operands, Scalars(tokens, Float32(0.0), output_eps, scale)).launch(
             grid=[grid, 1, 1],
-            block=[self.config.threads, 1, 1],
+            block=[self.tile.threads, 1, 1],
             cluster=[self.cluster, 1, 1] if self.cluster > 1 else None,
             stream=stream,
             min_blocks_per_mp=1,
+            use_pdl=True,
         )
 
     @cute.kernel
@@ -104,6 +110,7 @@ class MixBwdKernel(RowKernel):
         config, tile = self.config, self.tile
         tid, _, _ = cute.arch.thread_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        cute.arch.griddepcontrol_launch_dependents()
         smem = SmemAllocator()
         rings = RowRings.allocate(
             smem,
@@ -121,20 +128,21 @@ class MixBwdKernel(RowKernel):
             # (LANES * depth, warps of all CTAs, 2, groups)
             shape = (LANES * len(config.parts), config.exchange_warps, 2, tile.groups)
             s_partials = smem.allocate_tensor(Float32, cute.make_layout(shape), 16)
-        cute.arch.griddepcontrol_launch_dependents()  # query_grad may start as SMs fall free
         if const_expr(self.cluster > 1):
             arrived = smem.allocate_array(Int64, tile.groups * 2)  # [groups, 2] mbarriers of the exchange
         if const_expr(config.output_weight is not None):
             s_weight = smem.allocate_tensor(Float32, cute.make_layout((config.pitch,)), 16)  # (pitch,)
         if warp >= tile.consumer_warps:
             producer = warp - tile.consumer_warps
-            rings.init_barriers(producer, tile.producer_warps, tid % LANES)
-            if const_expr(self.cluster > 1):
-                self.init_exchange(arrived, producer, tid % LANES)
-            publish_barriers(config.threads)
+            with cute.arch.elect_one():
+                rings.init_barriers(producer, tile.producer_warps)
+                if const_expr(self.cluster > 1):
+                    self.init_exchange(arrived, producer)
+            publish_barriers(tile.threads)
             self.sync_cluster()
             if const_expr(tile.consumer_registers > 0):
                 cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
+            cute.arch.griddepcontrol_wait()
             with cute.arch.elect_one():
                 item = self.dtype.width // 8
                 addresses = [row + Int64(self.rank()) * (self.columns * item) for row in rows]
@@ -145,11 +153,12 @@ class MixBwdKernel(RowKernel):
             own = self.own_columns(operands, rank)
             if const_expr(config.pitch > self.columns):
                 rings.clear_padding(tid, tile.consumer_warps * LANES)
+            cute.arch.griddepcontrol_wait()
             if const_expr(config.output_weight is not None):
                 self.stage_weight(tid, s_weight, own)
             if const_expr(config.pitch > self.columns or config.output_weight is not None):
                 self.sync_consumers()
-            await_barriers(config.threads)
+            await_barriers(tile.threads)
             self.sync_cluster()
             if const_expr(tile.consumer_registers > 0):
                 cute.arch.setmaxregister_increase(tile.consumer_registers)
@@ -171,9 +180,10 @@ class MixBwdKernel(RowKernel):
         cute.arch.barrier(barrier_id=NamedBarrier.CTA, number_of_threads=self.tile.consumer_warps * LANES)
 
     @cute.jit
-    def init_exchange(self, arrived: cute.Pointer, producer: Int32, lane: Int32):
-        if (producer == 0) & (lane < self.tile.groups * 2):
-            cute.arch.mbarrier_init(arrived + lane, 1)
+    def init_exchange(self, arrived: cute.Pointer, producer: Int32):
+        if producer == 0:
+            for i in cutlass.range_constexpr(self.tile.groups * 2):
+                cute.arch.mbarrier_init(arrived + i, 1)
 
     def turns(self) -> tuple[Int32, Int32]:
         """The CTAs of a cluster take the same tokens, a part of their columns each."""
@@ -228,7 +238,7 @@ class MixBwdKernel(RowKernel):
         warps = self.tile.warps
         if self.cluster == 1:
             return GroupExchange(s_partials, group, warp, lane, warps, turn)
-        return ClusterExchange(s_partials, arrived, group, warp, lane, warps, rank, turn)
+        return RingClusterExchange(s_partials, arrived, group, warp, lane, warps, rank, turn)
 
     def parts(self, lane: Int32) -> list[Part]:
         parts = []
@@ -396,9 +406,9 @@ class MixBwdKernel(RowKernel):
                 row_tile.store_vector(pack(total, Float32), g_row, v)
 
 
-class ClusterExchange:
-    """GroupExchange over the group's warps in every CTA of a cluster: each warp sends its values to each CTA, where an mbarrier
-    counts their bytes.
+class RingClusterExchange:
+    """GroupExchange over the group's warps in every CTA of a cluster, as often as there are tokens: each warp sends its values to
+    each CTA, where an mbarrier counts their bytes.
 
     Two buffers in turn: a warp sends to buffer b again only after a wait for sums that its peers sent after their reads of b.
     """

@@ -159,15 +159,20 @@ class RowRings:
         return RowRing(self.s_rows[None, None, None, group], full, full + slots, self.elements)
 
     @cute.jit
-    def init_barriers(self, producer: Int32, producers: cutlass.Constexpr, lane: Int32) -> None:
-        """By a producer warp: the barriers of groups producer, producer + producers, ...; then `publish_barriers`."""
+    def init_barriers(self, producer: Int32, producers: cutlass.Constexpr) -> None:
+        """By the thread that will fill groups producer, producer + producers, ...: their barriers; then `publish_barriers`.
+
+        One thread: racecheck does not see the warp's synchronisation between lanes that share the work and the lane that
+        uses the barriers.
+        """
         _, _, slots, groups = self.s_rows.shape
         # Unrolled: with a loop here, the consumers' code spilled.
         for group in cutlass.range_constexpr(groups):
-            if (producer == group % producers) & (lane < slots):
-                full = self.barriers + (group * (2 * slots) + lane)
-                cute.arch.mbarrier_init(full, 1)
-                cute.arch.mbarrier_init(full + slots, self.consumer_warps)
+            if producer == group % producers:
+                full = self.barriers + group * (2 * slots)
+                for slot in cutlass.range_constexpr(slots):
+                    cute.arch.mbarrier_init(full + slot, 1)
+                    cute.arch.mbarrier_init(full + slots + slot, self.consumer_warps)
 
     def clear_padding(self, thread: Int32, threads: int) -> None:
         """By all consumers, before `await_barriers`: zeros between a row's end and the next row, where no copy ever writes."""
