@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,6 @@ import torch
 from cute_kernels.config import (
     DTYPES,
     GOOD_CONSUMER_WARPS,
-    ITEM_BYTES,
     MAX_GROUPS,
     MAX_SLOTS,
     PARAMETER_DTYPES,
@@ -25,9 +24,17 @@ from cute_kernels.config import (
 )
 
 MAX_WARPS = 16
+MAX_VECTORS = 4
 # Of a consumer thread with 1 to 4 vectors of each row, without and with output norm (tests compile the tightest tiles).
 REGISTERS = ((80, 112, 136, 176), (112, 160, 208, 255))
-LOOK_AHEAD = 1.3  # ring over rows of a token, where there is room
+# A token's rows stay in the ring until the last pass over them, so a ring holds all of one token; those of the next are on their
+# way. More in flight is slower: on an H200, D 7168, L 2: .877 of copy bandwidth with 6 slots, .861 with 9, .845 with 15. A norm's
+# second pass holds the rows longer.
+RING_TOKENS = (2, 4)  # without and with output norm
+LEAST_AHEAD = 1.3  # tokens in the ring, where there is room
+RING_BYTES = 64 * 1024  # of all rings, where tokens are small
+# CTAs that share a token: two where one has too little shared memory for its rows or too few registers for the norm. On an H200,
+# D 7168, L 9 with norm: .903 with 14 warps in each of two CTAs, .886 with 7 warps in one; without norm one is as good: .917, .913.
 CLUSTERS = (1, 2)
 MAX_CLUSTER_SOURCES = 24  # more spill
 MAX_PART = 16  # sources whose sums are reduced together: two numbers each fill a warp's lanes
@@ -111,21 +118,26 @@ def other_bytes(columns: int, num_sources: int, tile: RingTile, cluster: int, ou
 
 
 def make_tile(columns: int, num_sources: int, warps: int, groups: int, cluster: int, output_norm: bool) -> RingTile:
-    """A tile with as many slots as there is room for."""
     producers = 4 if warps * groups in (8, 12, 16) else 1
     tile = RingTile(warps, groups, producers, num_sources, 1, 0)
-    room = (SHARED_BYTES - other_bytes(columns, num_sources, tile, cluster, output_norm)) // groups
     pitch = tile.pitch(columns)
-    # A producer warp's lanes initialise a slot each: many short rows share slots.
+    room = (SHARED_BYTES - other_bytes(columns, num_sources, tile, cluster, output_norm)) // groups
+    # Where a ring has more slots than a producer sets up, many short rows share slots.
     rows = 1
     while room // slot_bytes(rows, pitch) > MAX_SLOTS and rows <= num_sources:
         rows += 1
-    return RingTile(warps, groups, producers, num_sources, rows, min(room // slot_bytes(rows, pitch), MAX_SLOTS))
+    token = -(-(num_sources + 1) // rows)
+    wanted = max(RING_TOKENS[output_norm] * token, RING_BYTES // groups // slot_bytes(rows, pitch))
+    return replace(tile, rows=rows, slots=min(room // slot_bytes(rows, pitch), wanted, MAX_SLOTS))
 
 
 @functools.cache
 def mix_bwd_tile(hidden_size: int, num_sources: int, output_norm: bool) -> tuple[RingTile, int] | None:
-    """RingTile and CTAs of a cluster; None where the rows of a token do not fit into shared memory."""
+    """Tile, and CTAs of a cluster; None where the rows of a token do not fit into shared memory.
+
+    Best are a dozen warps or more with a token in the ring and part of the next, in as few CTAs; then two vectors a thread (on an
+    H200, D 2304, L 5: .841 with 5 warps of 2, .824 with 3 warps of 3), little padding, many groups.
+    """
     choices = []
     for cluster in CLUSTERS:
         columns = hidden_size // cluster
@@ -135,23 +147,27 @@ def mix_bwd_tile(hidden_size: int, num_sources: int, output_norm: bool) -> tuple
             for groups in range(1, min(MAX_WARPS // warps, MAX_GROUPS) + 1):
                 tile = make_tile(columns, num_sources, warps, groups, cluster, output_norm)
                 vectors = tile.vectors(columns)
-                fits = tile.slots * tile.rows > num_sources
-                if fits and vectors <= 4 and tile.registers >= REGISTERS[output_norm][vectors - 1]:
+                if vectors > MAX_VECTORS or tile.registers < REGISTERS[output_norm][vectors - 1]:
+                    continue
+                if tile.slots * tile.rows > num_sources:
                     choices.append((tile, cluster))
 
-    def worth(choice: tuple[RingTile, int]) -> tuple[bool, int, int, int, int]:
+    def worth(choice: tuple[RingTile, int]) -> tuple[bool, int, int, int, int, int]:
         tile, cluster = choice
-        ahead = tile.slots * tile.rows >= LOOK_AHEAD * (num_sources + 1)
+        columns = hidden_size // cluster
+        ahead = tile.slots * tile.rows >= LEAST_AHEAD * (num_sources + 1)
         warps = min(tile.consumer_warps, GOOD_CONSUMER_WARPS)
-        return ahead, warps, -cluster, -tile.pitch(hidden_size // cluster) * cluster, tile.groups
+        return ahead, warps, -cluster, -max(tile.vectors(columns), 2), -tile.pitch(columns), tile.groups
 
     return max(choices, key=worth, default=None)
 
 
 def mix_bwd_refusal(hidden_size: int, num_sources: int) -> str | None:
     if mix_bwd_tile(hidden_size, num_sources, True) is None:
-        size = hidden_size * ITEM_BYTES
-        return f"{num_sources} sources and d_out of {size} bytes a row do not fit into shared memory together"
+        return (
+            f"{num_sources} sources of {hidden_size} elements: mix_bwd keeps the rows of a token in the shared memory of one SM, "
+            f"or of two for up to {MAX_CLUSTER_SOURCES} sources"
+        )
     return None
 
 
@@ -162,12 +178,13 @@ def mix_bwd_config(
     query: torch.dtype,
     key_weight: torch.dtype | None = None,
     output_weight: torch.dtype | None = None,
-    tile: tuple[RingTile, int] | None = None,
 ) -> MixBwdConfig:
+    """Of a shape that `refusal` accepts."""
     names = PARAMETER_DTYPES | {None: None}
-    tile = tile or mix_bwd_tile(hidden_size, num_sources, output_weight is not None)
+    choice = mix_bwd_tile(hidden_size, num_sources, output_weight is not None)
+    assert choice is not None
     return MixBwdConfig(
-        DTYPES[dtype], hidden_size, num_sources, names[query], names[key_weight], names[output_weight], *tile
+        DTYPES[dtype], hidden_size, num_sources, names[query], names[key_weight], names[output_weight], *choice
     )
 
 
@@ -176,14 +193,20 @@ def mix_bwd_configs() -> Iterator[tuple[str, Any, MixBwdConfig]]:
     from cute_kernels.mix_bwd import build
 
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    for args in (
+    for shape in (
         (bf16, 7168, 9, bf16),
         (bf16, 4096, 5, bf16),
         (bf16, 2048, 17, bf16),
+        (bf16, 7168, 2, bf16, bf16),
+        (bf16, 7168, 17, bf16),
+        (fp16, 2304, 5, fp32),
+        (bf16, 2304, 32, fp32, fp32, fp32),
         (bf16, 7168, 9, fp32, bf16, bf16),
         (bf16, 4096, 5, bf16, bf16, bf16),
         (bf16, 2048, 17, bf16, bf16, bf16),
-        (bf16, 7168, 17, bf16),
         (fp16, 7168, 17, fp32, fp32, fp32),
+        (bf16, 8192, 17, fp32, fp32, fp32),
+        (fp16, 1000, 9, fp32, fp32, fp32),
+        (bf16, 8, 1, bf16),
     ):
-        yield "mix_bwd", build, mix_bwd_config(*args)
+        yield "mix_bwd", build, mix_bwd_config(*shape)
