@@ -17,7 +17,6 @@ MAX_SOURCES = 32
 ALIGNMENT = 16  # bytes: what a bulk copy and a 16-byte store need of every row's address
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 PARAMETER_DTYPES = DTYPES | {torch.float32: "fp32"}
-ROW_OPS = ("mix_fwd", "phase2_fwd", "phase2_bwd", "serve_step")
 PHASE1_OPS = ("phase1_fwd", "phase1_bwd")
 
 LANES = 32
@@ -83,8 +82,6 @@ def refusal(
             num_queries=num_queries,
             byte_alignment=byte_alignment,
         )
-    if op not in (*ROW_OPS, "mix_bwd"):
-        return f"{op} has no CuTe kernel yet (backward runs on the Triton backend)"
     if dtype not in DTYPES:
         return f"dtype {str(dtype).removeprefix('torch.')} is not supported by {op}: use bfloat16 or float16"
     if hidden_size % VECTOR or not VECTOR <= hidden_size <= MAX_HIDDEN_SIZE:

@@ -49,9 +49,9 @@ def mix_bwd(
     d_sources: list[torch.Tensor],  # L of [T, D]
     d_query: torch.Tensor,  # [D]
     d_key_weight: torch.Tensor | None,  # [D]
-    d_output_weight: torch.Tensor | None,  # [D]
+    d_output_weight: torch.Tensor | None,  # [D], wanted exactly when output_weight is given
 ) -> None:
-    """Fills d_sources, d_query and whichever of d_key_weight and d_output_weight are given.
+    """Fills d_sources, d_query, d_key_weight and d_output_weight.
 
     d_out and sources are bf16 or fp16, parameters bf16, fp16 or fp32; rows start at multiples of 16 bytes. Moves (2 L + 1) T D
     elements: `mixed` is not read, because the mix is made again from rows that are in shared memory anyway. Deterministic.
