@@ -276,18 +276,15 @@ def row_tile(
     delta: bool = False,
     output_norm: bool = False,
 ) -> RingTile | RegisterTile:
-    """Registers for few tokens and for small ones, else the ring."""
+    """Registers for few tokens and for small ones, where they take all rows at once; else the ring."""
     rows = num_sources + merge + delta
-    if tokens <= max(CLUSTERS):
-        tile = decode_tile(hidden_size, CLUSTERS[token_class(tokens)])
-    elif rows <= MAX_REGISTER_ROWS and rows * hidden_size <= MAX_REGISTER_ELEMENTS:
-        tile = stream_tile(hidden_size, rows)
-    else:
-        return ring_tile(hidden_size, num_sources, merge=merge, delta=delta, output_norm=output_norm)
+    few = tokens <= max(CLUSTERS)
+    small = rows <= MAX_REGISTER_ROWS and rows * hidden_size <= MAX_REGISTER_ELEMENTS
+    tile = decode_tile(hidden_size, CLUSTERS[token_class(tokens)]) if few else stream_tile(hidden_size, rows)
     needed = tile.vectors(hidden_size) * (4 * rows + VECTOR) + 2 * num_sources + SPARE_REGISTERS
-    if needed > tile.registers:
-        return ring_tile(hidden_size, num_sources, merge=merge, delta=delta, output_norm=output_norm)
-    return tile
+    if (few or small) and needed <= tile.registers:
+        return tile
+    return ring_tile(hidden_size, num_sources, merge=merge, delta=delta, output_norm=output_norm)
 
 
 def decode_tile(hidden_size: int, most: int) -> RegisterTile:
