@@ -85,7 +85,7 @@ def refusal(
             num_queries=num_queries,
             byte_alignment=byte_alignment,
         )
-    if op not in ROW_OPS:
+    if op not in (*ROW_OPS, "mix_bwd"):
         return f"{op} has no CuTe kernel yet (backward runs on the Triton backend)"
     if dtype not in DTYPES:
         return f"dtype {str(dtype).removeprefix('torch.')} is not supported by {op}: use bfloat16 or float16"
@@ -96,6 +96,10 @@ def refusal(
         return f"{num_sources} sources: {op} takes 1 to {most}" + (" (blocks and prefix)" if op == "serve_step" else "")
     if byte_alignment < ALIGNMENT:
         return f"every row must start at a multiple of {ALIGNMENT} bytes, not of {byte_alignment}"
+    if op == "mix_bwd":
+        from cute_kernels.config_mix_bwd import mix_bwd_refusal
+
+        return mix_bwd_refusal(hidden_size, num_sources)
     return None
 
 
@@ -126,7 +130,8 @@ class RingTile:
         """With a full warpgroup of producers, consumers take over their registers (setmaxnreg); 0 leaves the launch's share."""
         if self.producer_warps < 4:
             return 0
-        left = REGISTER_FILE - self.producer_warps * LANES * PRODUCER_REGISTERS
+        launched = REGISTER_FILE // self.threads // 8 * 8 * self.threads
+        left = launched - self.producer_warps * LANES * PRODUCER_REGISTERS
         return min(left // (self.consumer_warps * LANES) // 8 * 8, 240)
 
     @property
@@ -473,10 +478,12 @@ def representative_configs() -> Iterator[tuple[str, Callable[[Any], Any], Any]]:
         (None, fp16, fp16, None),
     ):
         yield "query_grad", query_grad.build, query_grad_config(*dtypes)
+    from cute_kernels.config_mix_bwd import mix_bwd_configs
     from cute_kernels.config_phase1 import phase1_configs
     from cute_kernels.config_phase1_bwd import phase1_bwd_configs
     from cute_kernels.config_phase2_bwd import phase2_bwd_configs
 
+    yield from mix_bwd_configs()
     yield from phase1_configs()
     yield from phase1_bwd_configs()
     yield from phase2_bwd_configs()

@@ -47,7 +47,7 @@ def test_accepts(op: str, hidden_size: int) -> None:
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"op": "mix_bwd"}, "mix_bwd has no CuTe kernel yet"),
+        ({"op": "phase2_bwd"}, "phase2_bwd has no CuTe kernel yet"),
         ({"dtype": torch.float32}, "dtype float32 is not supported by mix_fwd: use bfloat16 or float16"),
         ({"hidden_size": 12}, "hidden size 12 must be a multiple of 8"),
         ({"hidden_size": 8200}, "hidden size 8200 must be a multiple of 8 and at most 8192"),

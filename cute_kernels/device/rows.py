@@ -186,7 +186,11 @@ class RowSums:
 
     def spread(self, values: list[Float32]) -> list[Float32]:
         """What the owners hold, one value per row, in every lane."""
-        return [cute.arch.shuffle_sync(values[place], lane) for lane, place in map(self.owner, range(self.count))]
+        return [self.spread_one(values, row) for row in range(self.count)]
+
+    def spread_one(self, values: list[Float32], row: int) -> Float32:
+        lane, place = self.owner(row)
+        return cute.arch.shuffle_sync(values[place], lane)
 
 
 class Exchange(Protocol):
