@@ -286,9 +286,7 @@ def phase1_bwd_configs() -> Iterator[tuple[str, Callable[[Any], Any], Phase1BwdC
 
     def config(hidden_size: int, num_sources: int, num_queries: int, **given: Any) -> Phase1BwdConfig:
         given = {"dtype": "bf16", "query": "bf16", "key_weight": None} | given
-        found = phase1_bwd_config(
-            hidden_size=hidden_size, num_sources=num_sources, num_queries=num_queries, **given
-        )
+        found = phase1_bwd_config(hidden_size=hidden_size, num_sources=num_sources, num_queries=num_queries, **given)
         assert found is not None
         return found
 

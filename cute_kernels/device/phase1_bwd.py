@@ -542,7 +542,9 @@ class Phase1BwdKernel:
         for i, pair in enumerate(sums.octets()):
             store_shared(share + lane.lane * 8, i * 256, pair)
 
-    def exchange(self, memory: Memory, work: Work, lane: Lane, item: Item, statistics, r_statistics, scale: Float32) -> None:
+    def exchange(
+        self, memory: Memory, work: Work, lane: Lane, item: Item, statistics, r_statistics, scale: Float32
+    ) -> None:
         """Makes the warps' partial sums and statistics common; over a cluster, adds this warp's share of the sums up and
         sends it to every CTA.
 
@@ -579,7 +581,9 @@ class Phase1BwdKernel:
     def statistics_pieces(self) -> range:
         return range(0, self.tile.item_octets * 64, self.tile.warps * LANES)
 
-    def load_statistics(self, work: Work, lane: Lane, statistics: Statistics, item: Item, r_loaded: cute.Tensor) -> None:
+    def load_statistics(
+        self, work: Work, lane: Lane, statistics: Statistics, item: Item, r_loaded: cute.Tensor
+    ) -> None:
         """logit and lse of each of the thread's entries; rstd of source l and d_lse of query l for the last warp."""
         config = self.config
         sources, tokens = config.num_sources, Int64(work.tokens)
@@ -743,7 +747,9 @@ class Phase1BwdKernel:
                 if not item.first:
                     d_source = [d_source[e] + sums.d_sources[e, k] for e in range(2)]
                 if adds:
-                    d_source = [value + old for value, old in zip(d_source, unpack(self.dtype, rest[-1][i]), strict=True)]
+                    d_source = [
+                        value + old for value, old in zip(d_source, unpack(self.dtype, rest[-1][i]), strict=True)
+                    ]
                 if item.last:
                     packed = pack(self.dtype, *d_source)
                     store_shared(stage, k * 16, [packed], lane.c < config.num_sources)
@@ -761,7 +767,9 @@ class Phase1BwdKernel:
                 cute.arch.mbarrier_arrive(memory.sources_empty + source_index)
                 cute.arch.mbarrier_arrive(memory.staged + stage_index)
 
-    def add_products(self, weights: Weights, row: Pair, r_du: cute.Tensor, tile: int, item: Item) -> list[Float32] | None:
+    def add_products(
+        self, weights: Weights, row: Pair, r_du: cute.Tensor, tile: int, item: Item
+    ) -> list[Float32] | None:
         """Adds to du what a tile of sources gives; returns the pull with a token's last item. Two operands share an mma.
 
         Where fp32 gradients are wanted, products start from zero and are added in fp32 registers: the tensor core's
