@@ -109,7 +109,7 @@ def to_markdown(data: dict[str, Any]) -> str:
     lines = [
         f"# ncu: {data['metadata']['device']}",
         "",
-        "One call each, caches flushed, clocks left alone. Waiting for: the two commonest reasons, in warps per issued instruction.",
+        "One call each, caches flushed, clocks left alone. Waiting for: the two commonest reasons, warps per instruction issued.",
         "",
         f"| case | {' | '.join(labels)} | waiting for |",
         "| --- " * (len(labels) + 2) + "|",

@@ -24,7 +24,7 @@ def build(config: QueryGradConfig) -> Any:
 
     from cute_kernels.device.query_grad import QueryGradKernel
 
-    return compile_kernel(QueryGradKernel(config), *[Int64(0)] * 7, *[Int32(1)] * 3, make_fake_stream())
+    return compile_kernel(QueryGradKernel(config), *[Int64(0)] * 8, *[Int32(1)] * 3, make_fake_stream())
 
 
 @functools.cache
@@ -34,20 +34,21 @@ def kernel_for(*dtypes: torch.dtype | None) -> Any:
 
 
 def query_grad(
-    partials: torch.Tensor,  # [P, S, D] fp32
+    partials: torch.Tensor,  # [P, S, D] fp32, or [P, S + 1, D] with d_output_weight
     queries: torch.Tensor | None,  # [S, D]
     key_weights: torch.Tensor | None,  # [S, D]
     d_queries: torch.Tensor,  # [S, D]
     d_key_weights: torch.Tensor | None,  # [S, D]
+    d_output_weight: torch.Tensor | None = None,  # [D]
 ) -> None:
-    """Fills d_queries and d_key_weights, each rounded once to its own dtype: bf16, fp16 or fp32. D is a multiple of 4.
+    """Fills d_queries, d_key_weights and d_output_weight, each rounded once to its own dtype: bf16, fp16 or fp32. D is a multiple
+    of 4.
 
-    Without a key weight du itself goes to d_queries, so that an output weight's gradient is the same reduction:
-    query_grad(partials, None, None, d_w, None).
+    An output weight's gradient is the sum of the partials' last row, in the same launch: a launch of its own costs 2 to 3 us.
     """
-    num_partials, num_queries, hidden_size = partials.shape
+    num_partials, num_rows, hidden_size = partials.shape
     read = None if d_key_weights is None else dtype_of(queries)
-    kernel_for(read, dtype_of(key_weights), d_queries.dtype, dtype_of(d_key_weights))(
+    kernel_for(read, dtype_of(key_weights), d_queries.dtype, dtype_of(d_key_weights), dtype_of(d_output_weight))(
         partials.data_ptr(),
         address(queries),
         0 if queries is None else queries.stride(0),
@@ -55,8 +56,9 @@ def query_grad(
         0 if key_weights is None else key_weights.stride(0),
         d_queries.data_ptr(),
         address(d_key_weights),
+        address(d_output_weight),
         num_partials,
-        num_queries,
+        num_rows,
         hidden_size,
         current_stream(partials.device),
     )
@@ -68,12 +70,14 @@ def vector_grad(
     key_weight: torch.Tensor | None,
     d_query: torch.Tensor,
     d_key_weight: torch.Tensor | None,
+    d_output_weight: torch.Tensor | None = None,
 ) -> None:
-    """query_grad for one query: partials [P, D] fp32, the others [D]."""
+    """query_grad for one query: partials [P, D] fp32, or [P, 2, D] with d_output_weight; the others [D]."""
     query_grad(
-        partials.unsqueeze(1),
+        partials if d_output_weight is not None else partials.unsqueeze(1),
         None if query is None else query.unsqueeze(0),
         None if key_weight is None else key_weight.unsqueeze(0),
         d_query.unsqueeze(0),
         None if d_key_weight is None else d_key_weight.unsqueeze(0),
+        d_output_weight,
     )

@@ -7,6 +7,7 @@ Nothing is cast or copied to make an argument fit.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -91,7 +92,7 @@ def check_phase_2(
     _tensor("inter_lse", inter_lse)
     if inter_lse.dtype != torch.float32 or inter_lse.shape != partial_sum.shape[:-1]:
         raise ValueError(
-            f"inter_lse is {_describe(inter_lse)}; allowed is float32 {list(partial_sum.shape[:-1])}, as phase_1 returns it"
+            f"inter_lse is {describe(inter_lse)}; allowed is float32 {list(partial_sum.shape[:-1])}, as phase_1 returns it"
         )
     _same_device("inter_lse", inter_lse, partial_sum)
     _query("pseudo_query", pseudo_query, partial_sum)
@@ -101,6 +102,74 @@ def check_phase_2(
     if output_rms_eps is not None:
         _eps("output_rms_eps", output_rms_eps)
     _number("scale", scale)
+
+
+def check_network(
+    inputs: Tensor,
+    pseudo_queries: Tensor,
+    layers: Sequence[Any] | torch.nn.ModuleList,
+    block_size: int,
+    eps: float,
+    rms_weight: Tensor | None = None,
+    scale: float = 1.0,
+    *,
+    output_rms_weight: Tensor | None = None,
+) -> None:
+    """Checks block_attn_res's arguments; what the layers return is checked as it comes (check_update)."""
+    _storage("inputs", inputs)
+    if isinstance(layers, torch.nn.Module) and not isinstance(layers, torch.nn.ModuleList):
+        raise TypeError(f"layers is a {type(layers).__name__}; allowed are a sequence of layers and a ModuleList")
+    if not isinstance(layers, (Sequence, torch.nn.ModuleList)):
+        raise TypeError(f"layers is a {type(layers).__name__}; allowed are a sequence of layers and a ModuleList")
+    for index, layer in enumerate(layers):
+        if not callable(layer):
+            raise TypeError(f"layers[{index}] is a {type(layer).__name__}; allowed is a Module or a callable")
+    if isinstance(block_size, bool) or not isinstance(block_size, int):
+        raise TypeError(f"block_size is a {type(block_size).__name__}; allowed is an int")
+    if block_size < 1:
+        raise ValueError(f"block_size is {block_size}; allowed are 1 and more")
+    count = -(-len(layers) // block_size) + 1
+    if count > MAX_SOURCES:
+        raise ValueError(
+            f"block_size is {block_size}: {len(layers)} layers and the embedding make {count} block representations; allowed are "
+            f"at most {MAX_SOURCES}, block_size {-(-len(layers) // (MAX_SOURCES - 1))} and more"
+        )
+    size, sites = inputs.shape[-1], len(layers) + 1
+    _floating("pseudo_queries", pseudo_queries, inputs)
+    if tuple(pseudo_queries.shape) != (sites, size):
+        raise ValueError(
+            f"pseudo_queries has shape {_shape(pseudo_queries)}; allowed is [{sites}, {size}]: a row for each of the "
+            f"{len(layers)} layers and one for the output"
+        )
+    if rms_weight is not None:
+        _floating("rms_weight", rms_weight, inputs)
+        if tuple(rms_weight.shape) not in ((size,), (sites, size)):
+            raise ValueError(f"rms_weight has shape {_shape(rms_weight)}; allowed are [{size}] and [{sites}, {size}]")
+    if output_rms_weight is not None:
+        _floating("output_rms_weight", output_rms_weight, inputs)
+        if tuple(output_rms_weight.shape) != (sites, size):
+            raise ValueError(f"output_rms_weight has shape {_shape(output_rms_weight)}; allowed is [{sites}, {size}]")
+    _eps("eps", eps)
+    _number("scale", scale)
+
+
+def check_update(index: int, update: Any, hidden: Tensor) -> None:
+    """Checks what a layer made of its input."""
+    if not isinstance(update, Tensor):
+        raise TypeError(f"layers[{index}] returned a {type(update).__name__}; allowed is a tensor {_shape(hidden)}")
+    if update.shape != hidden.shape or not update.is_floating_point():
+        raise ValueError(f"layers[{index}] returned {describe(update)}; allowed is floating point {_shape(hidden)}")
+    _same_device(f"what layers[{index}] returned", update, hidden)
+
+
+def one_run(tensor: Tensor) -> bool:
+    """Whether the leading dimensions of [..., D] are one run of rows, each contiguous."""
+    if tensor.dim() and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        return False
+    leading = [
+        (extent, stride) for extent, stride in zip(tensor.shape[:-1], tensor.stride(), strict=False) if extent != 1
+    ]
+    return all(outer[1] == inner[0] * inner[1] for outer, inner in itertools.pairwise(leading))
 
 
 def check_step(
@@ -126,7 +195,7 @@ def check_step(
     tokens, size = prefix.shape
     if blocks.dim() != 3 or blocks.shape[0] != tokens or blocks.shape[2] != size or blocks.dtype != prefix.dtype:
         raise ValueError(
-            f"blocks is {_describe(blocks)}; allowed is {_name(prefix.dtype)} [T, blocks, D] with T = {tokens} and D = {size}"
+            f"blocks is {describe(blocks)}; allowed is {_name(prefix.dtype)} [T, blocks, D] with T = {tokens} and D = {size}"
         )
     for name, written, wanted in (("prefix", prefix, delta is not None), ("blocks", blocks, block_write_idx >= 0)):
         if wanted and written.shape[0] > 1 and written.stride(0) == 0:
@@ -191,6 +260,11 @@ def byte_alignment(tensors: Sequence[Tensor]) -> int:
         strides |= tensor.stride(0)
     bits |= strides * tensors[0].element_size()
     return bits & -bits
+
+
+def describe(value: Tensor) -> str:
+    """dtype and shape."""
+    return f"{_name(value.dtype)} {_shape(value)}"
 
 
 def _sources(name: str, value: Any) -> tuple[list[Tensor], Tensor]:
@@ -269,7 +343,7 @@ def _like(name: str, value: Any, reference_name: str, reference: Tensor) -> None
         return  # What was found of the reference holds for it: a third of the time of the checks below.
     _storage(name, value)
     if value.shape != reference.shape or value.dtype != reference.dtype:
-        raise ValueError(f"{name} is {_describe(value)}; allowed is {_describe(reference)}, as {reference_name}")
+        raise ValueError(f"{name} is {describe(value)}; allowed is {describe(reference)}, as {reference_name}")
     _same_device(name, value, reference)
 
 
@@ -316,7 +390,3 @@ def _name(dtype: torch.dtype) -> str:
 
 def _shape(value: Tensor) -> list[int]:
     return list(value.shape)
-
-
-def _describe(value: Tensor) -> str:
-    return f"{_name(value.dtype)} {_shape(value)}"

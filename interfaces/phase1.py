@@ -93,11 +93,27 @@ def _forward(
     origin: str,
 ) -> Outputs:
     outputs = _allocate(sources, queries, key_weights, eps, scale, stacked, save_statistics, backend, origin)
+    fill_outputs(outputs, sources, queries, key_weights, eps, scale, stacked, backend, origin)
+    return outputs
+
+
+def fill_outputs(
+    outputs: Outputs,
+    sources: list[Tensor],
+    queries: Tensor,
+    key_weights: Tensor | None,
+    eps: float,
+    scale: float,
+    stacked: bool,
+    backend: str,
+    origin: str,
+) -> None:
+    """Fills out, lse and, where they are wanted, logits and rstd."""
     rows = contracts.unstack(sources, stacked)
     sites, tokens = queries.shape[0], rows[0].shape[0]
     name = backends.choose(contracts.spec("phase1_fwd", rows, len(rows), sites), (backend, origin))
     if tokens == 0:
-        return outputs
+        return
     out, lse = outputs[0].view(sites, tokens, -1), outputs[1].view(sites, tokens)
     _, _, logits, rstd = outputs
     weights = _per_site(key_weights, queries)
@@ -105,7 +121,6 @@ def _forward(
     if checked_mode.is_on():
         arguments = _oracle_arguments(rows, queries, key_weights, eps, scale)
         checked_mode.verify("phase1", name, arguments, {"out": out, "lse": lse})
-    return outputs
 
 
 def _per_site(key_weights: Tensor | None, queries: Tensor) -> Tensor | None:
@@ -161,11 +176,43 @@ def _backward(
     gradients = _allocate_gradients(
         d_out, d_lse, sources, queries, key_weights, lse, logits, rstd, eps, scale, stacked, backend
     )
+    fill_gradients(
+        gradients, False, d_out, d_lse, sources, queries, key_weights, lse, logits, rstd, eps, scale, stacked, backend
+    )
+    return gradients
+
+
+def fill_gradients(
+    gradients: list[Tensor],
+    accumulate: bool,
+    d_out: Tensor,
+    d_lse: Tensor | None,
+    sources: list[Tensor],
+    queries: Tensor,
+    key_weights: Tensor | None,
+    lse: Tensor,
+    logits: Tensor,
+    rstd: Tensor,
+    eps: float,
+    scale: float,
+    stacked: bool,
+    backend: str,
+) -> None:
+    """Fills d_sources (with `accumulate` adds to them), d_queries and d_key_weights, which may have any of the dtypes."""
     *d_sources, d_queries, d_key_weights = gradients
+    if accumulate and checked_mode.is_on():  # the oracle judges what this call alone contributes
+        shares = [torch.empty_like(d_source) for d_source in d_sources]
+        given = d_out, d_lse, sources, queries, key_weights, lse, logits, rstd, eps, scale, stacked, backend
+        fill_gradients([*shares, d_queries, d_key_weights], False, *given)
+        for d_source, share in zip(d_sources, shares, strict=True):
+            d_source.add_(share)
+        return
     rows, d_rows = contracts.unstack(sources, stacked), contracts.unstack(d_sources, stacked)
     sites, tokens = queries.shape[0], rows[0].shape[0]
     if tokens == 0:
-        return [gradient.zero_() for gradient in gradients]
+        for gradient in (d_queries, d_key_weights) if accumulate else gradients:
+            gradient.zero_()
+        return
     d_out = d_out.contiguous().view(sites, tokens, -1)
     d_lse = None if d_lse is None else d_lse.contiguous().view(sites, tokens)
     d_weights = None
@@ -189,7 +236,7 @@ def _backward(
         logits,
         rstd,
         d_rows,
-        False,
+        accumulate,
         d_queries,
         d_weights,
     )
@@ -203,7 +250,6 @@ def _backward(
             "d_rms_weight": d_key_weights if key_weights is not None else None,
         }
         checked_mode.verify("phase1", name, arguments, results, {"out": d_out, "lse": d_lse})
-    return gradients
 
 
 def _save(ctx: Any, arguments: tuple[Any, ...], outputs: Outputs) -> None:

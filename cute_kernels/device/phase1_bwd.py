@@ -213,6 +213,7 @@ class Phase1BwdKernel:
             smem=self.config.shared_bytes,
             stream=stream,
             min_blocks_per_mp=1,
+            use_pdl=True,
         )
 
     @cute.kernel
@@ -235,6 +236,7 @@ class Phase1BwdKernel:
         tile = self.tile
         thread, _, _ = cute.arch.thread_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        cute.arch.griddepcontrol_launch_dependents()
         base = SmemAllocator().allocate(self.config.shared_bytes - SCRATCH_BYTES, SCRATCH_BYTES)
         memory = Memory(self.config, base)
 
@@ -244,6 +246,8 @@ class Phase1BwdKernel:
             self.clear(memory, thread)
         cute.arch.mbarrier_init_fence()
         self.sync()
+        # The launch overlaps the kernel before, up to here.
+        cute.arch.griddepcontrol_wait()
 
         first = tile.consumer_warps
         if warp >= first:

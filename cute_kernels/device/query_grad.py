@@ -1,6 +1,6 @@
 """Parameter gradients from fp32 partial sums, added up in a fixed order.
 
-    du = sum_k partials[k]        d_query = du * w        d_key_weight = du * q
+    du = sum_k partials[k]        d_query = du * w        d_key_weight = du * q        d_output_weight = sum_k (a row of its own)[k]
 
 A CTA sums a tile of COLUMNS columns of one query. Its threads split the partials: eight lanes cover a row of the tile with 16 bytes
 each, so that a warp reads four rows at once, and a thread has most of its loads in flight before its
@@ -40,8 +40,9 @@ class QueryGradKernel:
         key_weight_stride: Int64,
         d_queries: Int64,  # [S, D]
         d_key_weights: Int64,  # [S, D]
+        d_output_weight: Int64,  # [D]
         num_partials: Int32,
-        num_queries: Int32,
+        num_rows: Int32,  # of partials: S, or S + 1 with the output weight's
         hidden_size: Int32,
         stream: cuda.CUstream,
     ):
@@ -53,13 +54,15 @@ class QueryGradKernel:
             key_weight_stride,
             d_queries,
             d_key_weights,
+            d_output_weight,
             num_partials,
-            num_queries,
+            num_rows,
             hidden_size,
         ).launch(
-            grid=[cute.ceil_div(hidden_size, COLUMNS), num_queries, 1],
+            grid=[cute.ceil_div(hidden_size, COLUMNS), num_rows, 1],
             block=[self.config.warps * LANES, 1, 1],
             stream=stream,
+            use_pdl=True,
         )
 
     @cute.kernel
@@ -72,17 +75,21 @@ class QueryGradKernel:
         key_weight_stride: Int64,
         d_queries: Int64,
         d_key_weights: Int64,
+        d_output_weight: Int64,
         num_partials: Int32,
-        num_queries: Int32,
+        num_rows: Int32,
         hidden_size: Int32,
     ):
         config = self.config
         tid, _, _ = cute.arch.thread_idx()
-        tile, query, _ = cute.arch.block_idx()
+        tile, row, _ = cute.arch.block_idx()
         s_sums = SmemAllocator().allocate_tensor(Float32, cute.make_layout((COLUMNS, config.warps)), 16)
 
         column = tile * COLUMNS + tid % COLUMNS
         readable = cutlass.min(column, hidden_size - 1)
+        query = row
+        if const_expr(config.d_output_weight is not None):
+            query = cutlass.min(row, num_rows - 2)
         # Ahead of the partials, whose latency hides this one.
         q = w = Float32(1.0)
         if const_expr(config.d_key_weight is not None):
@@ -93,13 +100,15 @@ class QueryGradKernel:
             )
 
         first = tile * COLUMNS + tid % VECTORS * VECTOR
-        row_bytes = Int64(num_queries) * hidden_size * 4
-        start = partials + (Int64(query) * hidden_size + first) * 4
+        row_bytes = Int64(num_rows) * hidden_size * 4
+        start = partials + (Int64(row) * hidden_size + first) * 4
         sums = [Float32(0.0) for _ in range(VECTOR)]
-        for row in cutlass.range(tid // VECTORS, num_partials, BATCH * ROWS, unroll=1):
+        # The kernel that leaves the partials may still be running: the launch does not wait for its end.
+        cute.arch.griddepcontrol_wait()
+        for k_first in cutlass.range(tid // VECTORS, num_partials, BATCH * ROWS, unroll=1):
             loaded = []
             for k in cutlass.range_constexpr(BATCH):
-                at = row + k * ROWS
+                at = k_first + k * ROWS
                 loaded.append(
                     load_vector(Float32, start + at * row_bytes, 0, (at < num_partials) & (first < hidden_size))
                 )
@@ -114,11 +123,12 @@ class QueryGradKernel:
         if (tid < COLUMNS) & (column < hidden_size):
             du = tree(add, [s_sums[tid, warp] for warp in range(config.warps)])
             at = Int64(query) * hidden_size + column
-            d_query = element(TYPES[config.d_query], d_queries, at)
-            d_query[0] = (du * w).to(d_query.element_type)
-            if const_expr(config.d_key_weight is not None):
-                d_key_weight = element(TYPES[config.d_key_weight], d_key_weights, at)
-                d_key_weight[0] = (du * q).to(d_key_weight.element_type)
+            if row == query:
+                store_element(TYPES[config.d_query], d_queries, at, du * w)
+                if const_expr(config.d_key_weight is not None):
+                    store_element(TYPES[config.d_key_weight], d_key_weights, at, du * q)
+            elif const_expr(config.d_output_weight is not None):
+                store_element(TYPES[config.d_output_weight], d_output_weight, Int64(column), du)
 
 
 def element(dtype: type[Numeric], address: Int64, index: Int64) -> cute.Tensor:
@@ -126,3 +136,8 @@ def element(dtype: type[Numeric], address: Int64, index: Int64) -> cute.Tensor:
     size = dtype.width // 8
     pointer = cute.make_ptr(dtype, address + index * size, cute.AddressSpace.gmem, assumed_align=size)
     return cute.make_tensor(pointer, cute.make_layout((1,)))
+
+
+def store_element(dtype: type[Numeric], address: Int64, index: Int64, value: Float32) -> None:
+    g_element = element(dtype, address, index)
+    g_element[0] = value.to(dtype)
