@@ -46,6 +46,7 @@ from cute_kernels.config_phase1_bwd import (
     STEP,
     Phase1BwdConfig,
 )
+from cute_kernels.device.cluster import Work, cluster_work, sync_cluster
 from cute_kernels.device.mma import (
     Pair,
     bulk_load,
@@ -64,7 +65,7 @@ from cute_kernels.device.mma import (
     transpose,
     unpack,
 )
-from cute_kernels.device.phase1 import TYPES, ChainedSum, QueryReader, Work
+from cute_kernels.device.phase1 import TYPES, ChainedSum, QueryReader
 from cute_kernels.device.pipelines import EVICT_FIRST, producer_state
 from cute_kernels.device.rows import add, exp_difference, tree
 
@@ -245,7 +246,7 @@ class Phase1BwdKernel:
         if const_expr(self.ragged):
             self.clear(memory, thread)
         cute.arch.mbarrier_init_fence()
-        self.sync()
+        sync_cluster(tile.cluster)
         # The launch overlaps the kernel before, up to here.
         cute.arch.griddepcontrol_wait()
 
@@ -255,45 +256,27 @@ class Phase1BwdKernel:
                 cute.arch.setmaxregister_decrease(OTHER_REGISTERS)
             if warp == first:
                 with cute.arch.elect_one():
-                    self.load(memory, self.work(tokens), d_out, sources, strides)
+                    self.load(memory, cluster_work(tile.cluster, tokens), d_out, sources, strides)
                 cute.arch.sync_warp()
             if warp == first + 1:
                 with cute.arch.elect_one():
-                    self.store(memory, self.work(tokens), d_sources, d_strides)
+                    self.store(memory, cluster_work(tile.cluster, tokens), d_sources, d_strides)
                 cute.arch.sync_warp()
             if const_expr(self.config.accumulate) and warp == first + 2:
                 with cute.arch.elect_one():
-                    self.load_addends(memory, self.work(tokens), d_sources, d_strides)
+                    self.load_addends(memory, cluster_work(tile.cluster, tokens), d_sources, d_strides)
                 cute.arch.sync_warp()
         else:
             if const_expr(tile.moves_registers):
                 cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
             if warp < tile.warps:
-                work = self.work(tokens)
+                work = cluster_work(tile.cluster, tokens)
                 lane = self.place(work, warp, thread % LANES)
                 self.load_queries(memory, lane, queries, query_stride, key_weights, key_weight_stride)
                 self.consume(memory, work, lane, statistics, du, scale)
         if const_expr(tile.cluster > 1):
             # No CTA may leave while another can still write to its shared memory.
-            self.sync()
-
-    def work(self, tokens: Int32) -> Work:
-        """By each role for itself: kept across the branch, its numbers were spilled for want of producer registers."""
-        cluster = self.tile.cluster
-        block, _, _ = cute.arch.block_idx()
-        blocks, _, _ = cute.arch.grid_dim()
-        rank = cute.arch.block_idx_in_cluster() if cluster > 1 else Int32(0)
-        first, step = block // cluster, blocks // cluster
-        return Work(rank, first, step, (tokens - first + step - 1) // step, tokens)
-
-    def sync(self) -> None:
-        """All threads of the cluster."""
-        cute.arch.sync_warp()
-        if self.tile.cluster > 1:
-            cute.arch.cluster_arrive()
-            cute.arch.cluster_wait()
-        else:
-            cute.arch.barrier()
+            sync_cluster(tile.cluster)
 
     def init_barriers(self, memory: Memory) -> None:
         tile = self.tile
@@ -432,7 +415,7 @@ class Phase1BwdKernel:
             store_shared(at, i * config.num_queries * row_bytes, term)
 
     def steps(self) -> list[range]:
-        """The warp's tiles by fours, as one ldmatrix reads them; of the last one it may use only two."""
+        """The warp's tiles by fours, as one ldmatrix reads them. The last may be two."""
         tiles = self.warp_columns // 8
         return [range(first, min(first + TILES, tiles)) for first in range(0, tiles, TILES)]
 
@@ -524,22 +507,23 @@ class Phase1BwdKernel:
             d_out_rows = select(piece % 2 == 0, octet_rows[0], octet_rows[1]) + (piece // 2) * 16
         sums, zero = ChainedSum(self.dtype, alternating=alone), Int32(0)
         for step, tiles in enumerate(self.steps()):
-            columns = step * STEP * ITEM
-            source = ldmatrix(source_rows, columns)
+            columns, whole = step * STEP * ITEM, len(tiles) == TILES
             if alone:
-                d_out = ldmatrix(d_out_rows, columns)
-                if len(tiles) < TILES:
-                    d_out[2:] = [zero, zero]
+                # Of the last 16 columns, both matrices twice
+                source = ldmatrix(source_rows if whole else source_rows - order // 2 * 32, columns)
+                d_out = ldmatrix(d_out_rows, columns, count=len(tiles)) + [zero] * (TILES - len(tiles))
                 for half in range(2):
                     operand = ((d_out[0], d_out[2]), (d_out[1], d_out[3]))
-                    sums.add(operand, (source[2 * half], source[2 * half + len(tiles) // TILES]))
+                    sums.add(operand, (source[2 * half], source[2 * half + whole]))
             else:
+                source = ldmatrix(source_rows, columns, count=len(tiles))
                 for half in range(len(tiles) // 2):
                     d_out = ldmatrix(d_out_rows, columns + half * PIECE * ITEM)
                     operand = ((d_out[0], d_out[2]), (d_out[1], d_out[3]))
                     sums.add(operand, (source[2 * half], source[2 * half + 1]))
             # See mix.
-            if step % 2:
+            every = 2 if self.tile.sync else 4
+            if step % every == every - 1:
                 cute.arch.sync_warp()
         buffer = item.index % config.partial_buffers
         share = memory.partial + (buffer * tile.warps + lane.warp) * config.partial_bytes
@@ -722,10 +706,12 @@ class Phase1BwdKernel:
         def load(step: int) -> list[list[Pair]]:
             """Sources, the factors' rows, what is added."""
             columns = step * STEP * ITEM
-            found = [ldmatrix(source_rows, columns, transposed=True)]
-            found += [ldmatrix(address, offset + columns, transposed=True) for address, offset in factors]
-            return [*found, ldmatrix(addend_rows, columns)] if adds else found
+            count = len(steps[step])
+            found = [ldmatrix(source_rows, columns, True, count)]
+            found += [ldmatrix(address, offset + columns, True, count) for address, offset in factors]
+            return [*found, ldmatrix(addend_rows, columns, False, count)] if adds else found
 
+        steps = self.steps()
         loaded = load(0) if self.ahead else []
         weights = self.weights(memory, lane, item, sums)
         operands = weights.p + weights.g * config.query_terms
@@ -733,7 +719,6 @@ class Phase1BwdKernel:
         stage = memory.stage + stage_index * config.stage_bytes + lane.offset + lane.c * tile.row_bytes + lane.q * 4
         if item.last:
             cute.arch.mbarrier_wait(memory.stored + stage_index, ((item.turn // tile.stages) & 1) ^ 1)
-        steps = self.steps()
         for step, tiles in enumerate(steps):
             sources, *rest = loaded if self.ahead else load(step)
             # Before this step's stores: the compiler cannot tell that they go elsewhere.
@@ -760,7 +745,8 @@ class Phase1BwdKernel:
                 else:
                     sums.d_sources[0, k], sums.d_sources[1, k] = d_source
             # Keeps the compiler from hoisting every step's loads and products, which spilled.
-            cute.arch.sync_warp()
+            if self.tile.sync or step == len(steps) - 1:
+                cute.arch.sync_warp()
         if item.last:
             cute.arch.fence_view_async_shared()
             cute.arch.sync_warp()
