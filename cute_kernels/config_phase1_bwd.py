@@ -54,7 +54,6 @@ class Phase1BwdTile:
     source_slots: int  # a slot holds one token's sources
     output_slots: int  # a slot holds the gradients of one octet of outputs
     stages: int  # a stage holds the gradients of one token's sources
-    sync: int = 1
 
     @property
     def cta_columns(self) -> int:

@@ -214,7 +214,6 @@ class Phase1BwdKernel:
             smem=self.config.shared_bytes,
             stream=stream,
             min_blocks_per_mp=1,
-            use_pdl=True,
         )
 
     @cute.kernel
@@ -237,7 +236,6 @@ class Phase1BwdKernel:
         tile = self.tile
         thread, _, _ = cute.arch.thread_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        cute.arch.griddepcontrol_launch_dependents()
         base = SmemAllocator().allocate(self.config.shared_bytes - SCRATCH_BYTES, SCRATCH_BYTES)
         memory = Memory(self.config, base)
 
@@ -247,8 +245,6 @@ class Phase1BwdKernel:
             self.clear(memory, thread)
         cute.arch.mbarrier_init_fence()
         sync_cluster(tile.cluster)
-        # The launch overlaps the kernel before, up to here.
-        cute.arch.griddepcontrol_wait()
 
         first = tile.consumer_warps
         if warp >= first:
@@ -522,8 +518,7 @@ class Phase1BwdKernel:
                     operand = ((d_out[0], d_out[2]), (d_out[1], d_out[3]))
                     sums.add(operand, (source[2 * half], source[2 * half + 1]))
             # See mix.
-            every = 2 if self.tile.sync else 4
-            if step % every == every - 1:
+            if step % 2:
                 cute.arch.sync_warp()
         buffer = item.index % config.partial_buffers
         share = memory.partial + (buffer * tile.warps + lane.warp) * config.partial_bytes
@@ -586,12 +581,14 @@ class Phase1BwdKernel:
             r_loaded[2 * i + 1] = load_scalar(statistics.lse + (Int64(query) * tokens + token) * 4, there)
         inside = inside & (lane.warp == self.tile.warps - 1)
         rstd = statistics.rstd + (Int64(lane.lane) * tokens + token) * 4
-        r_loaded[-2] = load_scalar(rstd, inside & (lane.lane < sources))
-        r_loaded[-1] = Float32(0.0)
+        # (No negative indices: the DSL takes them for offsets.)
+        last = 2 * len(self.statistics_pieces())
+        r_loaded[last] = load_scalar(rstd, inside & (lane.lane < sources))
+        r_loaded[last + 1] = Float32(0.0)
         if config.d_lse:
             query = item.octets.start * OCTET + lane.lane
             there = inside & (lane.lane < len(item.octets) * OCTET) & (query < config.num_queries)
-            r_loaded[-1] = load_scalar(statistics.d_lse + (Int64(query) * tokens + token) * 4, there)
+            r_loaded[last + 1] = load_scalar(statistics.d_lse + (Int64(query) * tokens + token) * 4, there)
 
     def store_statistics(self, memory: Memory, lane: Lane, item: Item, r_loaded: cute.Tensor, scale: Float32) -> None:
         config = self.config
@@ -605,7 +602,8 @@ class Phase1BwdKernel:
             inside = entry < len(item.octets) * 64
             store_shared(at + entry * 4, P_AT, [p], inside)
             store_shared(at + entry * 4, LOGITS_AT, [logit], inside)
-        rstd, d_lse = r_loaded[-2], r_loaded[-1]
+        last = 2 * len(self.statistics_pieces())
+        rstd, d_lse = r_loaded[last], r_loaded[last + 1]
         mine = lane.warp == self.tile.warps - 1
         at = at + lane.lane * 4
         store_shared(at, FACTORS_AT, [scale * rstd], mine & (lane.lane < OCTET))
@@ -745,8 +743,7 @@ class Phase1BwdKernel:
                 else:
                     sums.d_sources[0, k], sums.d_sources[1, k] = d_source
             # Keeps the compiler from hoisting every step's loads and products, which spilled.
-            if self.tile.sync or step == len(steps) - 1:
-                cute.arch.sync_warp()
+            cute.arch.sync_warp()
         if item.last:
             cute.arch.fence_view_async_shared()
             cute.arch.sync_warp()
