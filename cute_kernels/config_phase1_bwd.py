@@ -149,10 +149,6 @@ class Phase1BwdConfig:
         return ceil_div(self.octets, self.tile.item_octets)
 
     @property
-    def statistics_bytes(self) -> int:
-        return STATISTICS_BYTES
-
-    @property
     def partial_bytes(self) -> int:
         """One warp's products of an item: [16, 8]."""
         return min(self.octets, self.tile.item_octets) * 256

@@ -247,7 +247,11 @@ def test_gradients_of_a_few_tokens(patched, hidden_size: int, sources: int, quer
     def stored(*size: int) -> np.ndarray:
         return machine.numbers(machine.halves(rng.standard_normal(size, np.float32)))
 
-    v, d_out, old = stored(tokens, sources, hidden_size), stored(queries, tokens, hidden_size), stored(tokens, sources, hidden_size)
+    v, d_out, old = (
+        stored(tokens, sources, hidden_size),
+        stored(queries, tokens, hidden_size),
+        stored(tokens, sources, hidden_size),
+    )
     u = rng.standard_normal((queries, hidden_size), np.float32) * np.float32(1.5 / np.sqrt(hidden_size))
     if config.query_terms == 1:
         u = machine.numbers(machine.halves(u))

@@ -43,6 +43,7 @@ from cute_kernels.config_phase1_bwd import (
     PIECE,
     PULLS_AT,
     SCRATCH_BYTES,
+    STATISTICS_BYTES,
     STEP,
     Phase1BwdConfig,
 )
@@ -90,11 +91,11 @@ class Memory:
         # [stages, N, row_bytes]
         stage_at = queries_at + config.query_bytes
         self.stage = self.sources + stage_at
-        # [BUFFERS, statistics_bytes]
+        # [BUFFERS, STATISTICS_BYTES]
         statistics_at = stage_at + tile.stages * config.stage_bytes
         self.statistics = self.sources + statistics_at
         # [partial_buffers, warps, partial_bytes]
-        self.partial = self.statistics + BUFFERS * config.statistics_bytes
+        self.partial = self.statistics + BUFFERS * STATISTICS_BYTES
         # [BUFFERS, CTAs of the cluster, partial_bytes]
         self.reduced = self.partial + config.partial_buffers * tile.warps * config.partial_bytes
         barriers = cute.recast_ptr(base + (statistics_at + config.exchange_bytes), dtype=Int64)
@@ -592,7 +593,7 @@ class Phase1BwdKernel:
 
     def store_statistics(self, memory: Memory, lane: Lane, item: Item, r_loaded: cute.Tensor, scale: Float32) -> None:
         config = self.config
-        at = memory.statistics + item.index % BUFFERS * config.statistics_bytes
+        at = memory.statistics + item.index % BUFFERS * STATISTICS_BYTES
         for i, first in enumerate(self.statistics_pieces()):
             entry = lane.warp * LANES + lane.lane + first
             query, source = item.octets.start * OCTET + entry // OCTET, entry % OCTET
@@ -631,7 +632,7 @@ class Phase1BwdKernel:
             shares, totals = tile.cluster, memory.reduced
             cute.arch.mbarrier_wait(memory.reduced_ready + buffer, (item.index // BUFFERS) & 1)
         totals = totals + buffer * (shares * config.partial_bytes) + lane.lane * 8
-        statistics = memory.statistics + buffer * config.statistics_bytes
+        statistics = memory.statistics + buffer * STATISTICS_BYTES
         factor = load_shared(Float32, statistics + lane.q * 8, FACTORS_AT, 2)
         ps, gs = [], []
         pull = [Float32(0.0)] * 2 if item.first else [sums.pull[e] for e in range(2)]
