@@ -133,6 +133,14 @@ def test_few_tokens_are_spread_over_a_cluster() -> None:
     assert row_tile(8, 1, 1) == RegisterTile(1, 1)  # no CTA without a column
 
 
+def test_small_tokens_go_straight_to_registers() -> None:
+    assert row_tile(2048, 1, merge=True) == RegisterTile(4)
+    assert row_tile(4096, 6) == RegisterTile(8)
+    assert row_tile(7168, 1, merge=True, delta=True) == RegisterTile(10)
+    for hidden_size, num_sources in ((384, 4), (1024, 9), (7168, 4)):
+        assert row_tile(hidden_size, num_sources) == ring_tile(hidden_size, num_sources)
+
+
 @pytest.fixture
 def warp(monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
     """Lane numbers, with the device helpers' warp operations replaced by NumPy ones on arrays of 32 lanes."""

@@ -105,6 +105,43 @@ def test_small_case(op: str) -> None:
             assert name == "blocks" or tensor.isfinite().all(), name
 
 
+def test_small_case_of_phase_1_backward() -> None:
+    """What `make sanitize` runs, over one CTA and over a cluster, with one item a token and with two."""
+    for size, queries in ((384, 12), (4096, 8), (2048, 24)):
+        shape = Shape(40, size, 5, queries)
+        case = inputs.make_case("phase1", shape, dtype="bf16/fp32", device="cuda")
+        results = report.call(case, "cute")
+        torch.cuda.synchronize()
+        assert results["d_pseudo_queries"].isfinite().all()
+
+
+@pytest.mark.parametrize(("tokens", "size", "depth", "queries"), [(257, 2048, 4, 8), (7, 384, 5, 3), (33, 7168, 8, 24)])
+@pytest.mark.parametrize("query", [torch.bfloat16, torch.float32])
+def test_phase_1_backward_adds_to_gradients(
+    tokens: int, size: int, depth: int, queries: int, query: torch.dtype
+) -> None:
+    """One rounding of the sum: what the sources' gradients held before enters it in float32."""
+    from cute_kernels.phase1_bwd import phase1_bwd
+    from cute_kernels.phase1_fwd import phase1_fwd
+
+    shape = Shape(tokens, size, depth, queries, key_weight=False)
+    case = inputs.make_case("phase1", shape, dtype="bf16", device="cuda", seed=5)
+    sources, given = case.arguments["block_representations"], case.arguments["pseudo_queries"].to(query)
+    d_out, d_lse = case.grad_outputs["out"], case.grad_outputs["lse"]
+    lse, logits = d_lse.new_empty(queries, tokens), d_lse.new_empty(queries, depth, tokens)
+    rstd = d_lse.new_empty(depth, tokens)
+    phase1_fwd(sources, given, None, inputs.EPS, 1.0, torch.empty_like(d_out), lse, logits, rstd)
+    arguments = case.arguments | {"pseudo_queries": given}
+    exact = oracle.reference("phase1", arguments, case.grad_outputs)["d_block_representations"].exact
+    before = [torch.randn_like(source) for source in sources]
+    added = [value.clone() for value in before]
+    d_queries = torch.full_like(given, torch.nan)
+    phase1_bwd(d_out, d_lse, sources, given, None, inputs.EPS, 1.0, lse, logits, rstd, added, True, d_queries, None)
+    for found, old, gradient in zip(added, before, exact, strict=True):
+        assert numerics.judge(found, gradient + old.double(), kind="gradient").ok
+    assert d_queries.isfinite().all()
+
+
 @pytest.mark.parametrize("backend", ["triton", "cute"])
 def test_offsets_past_two_to_the_31(backend: str) -> None:
     tokens, size = 2**31 // 7168 + 300, 7168

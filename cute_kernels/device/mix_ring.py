@@ -104,10 +104,9 @@ class RingKernel(RowMix):
         """The output norm's weight to shared memory, by the first group."""
         if tid < self.tile.warps * LANES:
             part = RowTile(self.columns, self.tile.warps, tid)
+            r_stored = self.load_parameter(part, self.config.output_weight, operands.output_weight)
             r_weight = part.fragment(Float32)
-            r_weight.store(
-                self.load_parameter(part, self.config.output_weight, operands.output_weight).load().to(Float32)
-            )
+            r_weight.store(r_stored.load().to(Float32))
             cute.autovec_copy(r_weight, part.view(s_weight))
 
     def turns(self) -> tuple[Int32, Int32]:
