@@ -105,14 +105,13 @@ def test_small_case(op: str) -> None:
             assert name == "blocks" or tensor.isfinite().all(), name
 
 
-def test_small_case_of_phase_1_backward() -> None:
-    """What `make sanitize` runs, over one CTA and over a cluster, with one item a token and with two."""
-    for size, queries in ((384, 12), (4096, 8), (2048, 24)):
-        shape = Shape(40, size, 5, queries)
-        case = inputs.make_case("phase1", shape, dtype="bf16/fp32", device="cuda")
-        results = report.call(case, "cute")
-        torch.cuda.synchronize()
-        assert results["d_pseudo_queries"].isfinite().all()
+@pytest.mark.parametrize(("size", "queries"), [(384, 12), (1024, 8), (512, 24)])
+def test_small_case_of_phase_1_backward(size: int, queries: int) -> None:
+    """What `make sanitize` runs: one item a token and two. One CTA a cluster: racecheck itself fails on larger ones."""
+    case = inputs.make_case("phase1", Shape(40, size, 5, queries), dtype="bf16", device="cuda")
+    results = report.call(case, "cute")
+    torch.cuda.synchronize()
+    assert results["d_pseudo_queries"].isfinite().all()
 
 
 @pytest.mark.parametrize(("tokens", "size", "depth", "queries"), [(257, 2048, 4, 8), (7, 384, 5, 3), (33, 7168, 8, 24)])
