@@ -50,9 +50,18 @@ MAX_SLOTS = 32
 
 
 def refusal(
-    *, op: str, dtype: torch.dtype, hidden_size: int, num_sources: int, num_queries: int, byte_alignment: int
+    *,
+    op: str,
+    dtype: torch.dtype,
+    hidden_size: int,
+    num_sources: int,
+    num_queries: int,
+    byte_alignment: int,
+    features: tuple[str, ...] = (),
 ) -> str | None:
     """Why the CuTe backend cannot take this call, or None. All limits are stated here."""
+    if features:
+        return f"{op} has no CuTe kernel yet for {' and '.join(features)}"
     if op == "phase1_fwd":
         try:
             from cute_kernels.config_phase1 import phase1_refusal

@@ -10,6 +10,7 @@ from attnres.mix import attn_res
 from attnres.numerics import NumericsError
 from attnres.phase1 import phase_1
 from attnres.phase2 import phase_2
+from attnres.scaled import ScaledTensor
 from attnres.serve import attn_res_step
 
 __version__ = "0.1.0"
@@ -18,6 +19,7 @@ __all__ = [
     "BackendError",
     "Explanation",
     "NumericsError",
+    "ScaledTensor",
     "attn_res",
     "attn_res_step",
     "available_backends",
