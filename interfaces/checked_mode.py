@@ -195,4 +195,8 @@ def _dtype(value: Tensor | ScaledTensor | Sequence[Tensor]) -> str:
 
 
 def _shape(value: Tensor | ScaledTensor | Sequence[Tensor]) -> str:
-    return str(list(value.shape)) if isinstance(value, (Tensor, ScaledTensor)) else f"{len(value)} x {list(value[0].shape)}"
+    return (
+        str(list(value.shape))
+        if isinstance(value, (Tensor, ScaledTensor))
+        else f"{len(value)} x {list(value[0].shape)}"
+    )

@@ -56,9 +56,7 @@ def check(storage: str, column: str, argument: str, found: str) -> None:
         raise ValueError(f"{argument} is {found}; allowed with {row}")
 
 
-def features(
-    storage: Iterable[torch.dtype], scaled: bool = False, seed: int | None = None
-) -> tuple[str, ...]:
+def features(storage: Iterable[torch.dtype], scaled: bool = False, seed: int | None = None) -> tuple[str, ...]:
     """What a launch asks for beyond one dtype of all its storage tensors: what `Spec.features` has."""
     found = ("scaled fp16",) * scaled + ("stochastic rounding",) * (seed is not None)
     return found if len(set(storage)) == 1 else ("mixed storage dtypes", *found)

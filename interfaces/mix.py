@@ -298,7 +298,9 @@ def _backward(
 
 
 def _save(ctx: Any, arguments: tuple[Any, ...], outputs: Outputs) -> None:
-    sources, query, key_weight, output_weight, eps, scale, stacked, _, save_mixed, _, backend, _, values, scales, _ = arguments
+    sources, query, key_weight, output_weight, eps, scale, stacked, _, save_mixed, _, backend, _, values, scales, _ = (
+        arguments
+    )
     _, mixed, logits, rstd, lse, _ = outputs
     ctx.mark_non_differentiable(*(output for output in outputs[1:] if output is not None))
     saved = (query, key_weight, output_weight, mixed if save_mixed else None, logits, rstd, lse)
@@ -329,12 +331,12 @@ def _gradient(ctx: Any, backward: Callable[..., list[Tensor]], d_out: Tensor, *_
 _mix = Operator(
     "mix",
     "(Tensor[] sources, Tensor query, Tensor? key_weight, Tensor? output_weight, float eps, float scale, bool stacked, "
-    "bool save_statistics, bool save_mixed, bool want_weights, str backend, str origin, Tensor[]? values=None, "
-    "Tensor[]? scales=None, ScalarType? out_dtype=None) "
+    "bool save_statistics, bool save_mixed, bool want_weights, str backend, str origin, Tensor[]? values, "
+    "Tensor[]? scales, ScalarType? out_dtype) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "(Tensor d_out, Tensor[] sources, Tensor query, Tensor? key_weight, Tensor? output_weight, Tensor? mixed, Tensor logits, "
-    "Tensor rstd, Tensor lse, float eps, float scale, bool stacked, str backend, Tensor[]? values=None, "
-    "Tensor[]? scales=None) -> Tensor[]",
+    "Tensor rstd, Tensor lse, float eps, float scale, bool stacked, str backend, Tensor[]? values, "
+    "Tensor[]? scales) -> Tensor[]",
     forward=_forward,
     backward=_backward,
     allocate_forward=_allocate,

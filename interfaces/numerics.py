@@ -204,7 +204,9 @@ def _judge_stochastic(actual: Tensor | ScaledTensor, exact: Tensor, plain: Seque
     measured = actual.to(torch.float64)
     float32 = torch.stack([2.0**-24 * exact.abs(), *((value.double() - exact).abs() for value in plain)]).amax(0)
     slack = FLOAT32_FACTOR * float32
-    low, high = (_neighbour(x / scale, values.dtype, up) * scale for x, up in ((exact - slack, False), (exact + slack, True)))
+    low, high = (
+        _neighbour(x / scale, values.dtype, up) * scale for x, up in ((exact - slack, False), (exact + slack, True))
+    )
     inside = (low <= measured) & (measured <= high) | exact.isnan() & measured.isnan()
     # Beyond the largest finite number there is no distance to measure.
     special = inside & ~(low.isfinite() & high.isfinite())

@@ -153,8 +153,8 @@ def _forward(
     )
     out, lse, logits, rstd, out_values, out_scale = outputs
     rows, row_scales = contracts.unstack(values or sources, stacked), contracts.unstack_scales(scales, stacked)
-    sites, tokens = queries.shape[0], rows[0].shape[0]
-    out, lse = (out if out_values is None else out_values).view(sites, tokens, -1), lse.view(sites, tokens)
+    sites, (tokens, size) = queries.shape[0], rows[0].shape
+    out, lse = (out if out_values is None else out_values).view(sites, tokens, size), lse.view(sites, tokens)
     out_scale = None if out_scale is None else out_scale.view(sites, tokens)
     scaled = scales is not None or scaled_out
     asked = contracts.spec("phase1_fwd", [*rows, *out[:1]], len(rows), sites, scaled=scaled, seed=seed)
@@ -337,10 +337,10 @@ def _gradient(
 _phase_1 = Operator(
     "phase_1",
     "(Tensor[] sources, Tensor queries, Tensor? key_weights, float eps, float scale, bool stacked, bool save_statistics, "
-    "str backend, str origin, Tensor[]? values=None, Tensor[]? scales=None, bool scaled_out=False, ScalarType? out_dtype=None, "
-    "int? seed=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "str backend, str origin, Tensor[]? values, Tensor[]? scales, bool scaled_out, ScalarType? out_dtype, "
+    "int? seed) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "(Tensor d_out, Tensor? d_lse, Tensor[] sources, Tensor queries, Tensor? key_weights, Tensor lse, Tensor logits, Tensor rstd, "
-    "float eps, float scale, bool stacked, str backend, Tensor[]? values=None, Tensor[]? scales=None, int? seed=None) "
+    "float eps, float scale, bool stacked, str backend, Tensor[]? values, Tensor[]? scales, int? seed) "
     "-> Tensor[]",
     forward=_forward,
     backward=_backward,

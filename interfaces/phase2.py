@@ -412,7 +412,7 @@ def _gradient(
     *_: Tensor | None,
 ) -> tuple[Any, ...]:
     x, *statistics, x_values, x_scale, inter_values, inter_scale = ctx.saved_tensors
-    query, key_weight, _, _, output_weight, _, _ = statistics
+    _, key_weight, _, _, output_weight, _, _ = statistics
     d_new_partial = None if ctx.delta_dtype is None else d_new_partial
     if d_out is None:
         d_out = x.new_zeros(x.shape)
@@ -434,12 +434,12 @@ def _gradient(
 _phase_2 = Operator(
     "phase_2",
     "(Tensor partial, Tensor? delta, Tensor query, Tensor? key_weight, Tensor inter_out, Tensor inter_lse, Tensor? output_weight, "
-    "float eps, float output_eps, float scale, bool save_statistics, str backend, str origin, Tensor? partial_values=None, "
-    "Tensor? partial_scale=None, Tensor? inter_values=None, Tensor? inter_scale=None, bool scaled_sum=False, "
-    "ScalarType? out_dtype=None, int? seed=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "float eps, float output_eps, float scale, bool save_statistics, str backend, str origin, Tensor? partial_values, "
+    "Tensor? partial_scale, Tensor? inter_values, Tensor? inter_scale, bool scaled_sum, "
+    "ScalarType? out_dtype, int? seed) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "(Tensor d_out, Tensor? d_new_partial, Tensor partial, Tensor query, Tensor? key_weight, Tensor inter_out, Tensor inter_lse, "
     "Tensor? output_weight, Tensor logit, Tensor rstd, float eps, float output_eps, float scale, str backend, "
-    "Tensor? partial_values=None, Tensor? partial_scale=None, Tensor? inter_values=None, Tensor? inter_scale=None) -> Tensor[]",
+    "Tensor? partial_values, Tensor? partial_scale, Tensor? inter_values, Tensor? inter_scale) -> Tensor[]",
     forward=_forward,
     backward=_backward,
     allocate_forward=_allocate,

@@ -45,7 +45,9 @@ class ScaledTensor:
 
     def __init__(self, values: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32):
         if values.dtype != torch.float16 or not values.dim() or not values.shape[-1]:
-            raise ValueError(f"values is {values.dtype} {list(values.shape)}; allowed is torch.float16 [..., D], D >= 1")
+            raise ValueError(
+                f"values is {values.dtype} {list(values.shape)}; allowed is torch.float16 [..., D], D >= 1"
+            )
         if scale.dtype != torch.float32 or scale.shape != values.shape[:-1]:
             raise ValueError(
                 f"scale is {scale.dtype} {list(scale.shape)}; allowed is torch.float32 {list(values.shape[:-1])}: one for each row"
@@ -55,7 +57,9 @@ class ScaledTensor:
         if not dtype.is_floating_point:
             raise ValueError(f"dtype is {dtype}; allowed are floating-point dtypes")
         if values.requires_grad or scale.requires_grad:
-            raise ValueError("values or scale requires grad; gradients are of the represented tensor: use requires_grad_()")
+            raise ValueError(
+                "values or scale requires grad; gradients are of the represented tensor: use requires_grad_()"
+            )
         self.values, self.scale = values, scale
         # The represented tensor's place in the autograd graph: its shape, dtype and history, and one element of memory.
         self.stand_in = new_stand_in(values, values.shape, dtype)

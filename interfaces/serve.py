@@ -157,7 +157,7 @@ def _step(
 
 
 def _fake(prefix: Tensor, *others: Any) -> Tensor:
-    out_dtype = others[13] if len(others) > 13 else None
+    *_, out_dtype, _ = others
     return prefix.new_empty(prefix.shape, dtype=out_dtype)
 
 
@@ -165,7 +165,7 @@ register(
     "step",
     "(Tensor(a!) prefix, Tensor? delta, Tensor(b!) blocks, Tensor? norm_weight, Tensor qk_weight, Tensor? output_norm_weight, "
     "int num_blocks, int block_write_idx, float eps, float output_norm_eps, str backend, str origin, "
-    "Tensor(c!)? prefix_scale=None, Tensor(d!)? blocks_scale=None, ScalarType? out_dtype=None, int? seed=None) -> Tensor",
+    "Tensor(c!)? prefix_scale, Tensor(d!)? blocks_scale, ScalarType? out_dtype, int? seed) -> Tensor",
     _step,
     _fake,
 )

@@ -330,9 +330,7 @@ def _logit_grad(g: Tensor, rstd: Tensor, u: Tensor, v: Tensor) -> Tensor:
     return g[:, None] * (u - (rstd * (rstd * c) / v.shape[-1])[:, None] * v)
 
 
-def _rms_norm_bwd(
-    d_out: Tensor, m: Tensor, weight: Tensor, eps: float, unit: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _rms_norm_bwd(d_out: Tensor, m: Tensor, weight: Tensor, eps: float, unit: Tensor | None) -> tuple[Tensor, Tensor]:
     """Gradient of RMSNorm(m) * weight: dm [T, D], and the rows [T, D] whose sum over tokens is the weight's gradient."""
     r = _rstd(m, eps, unit)[:, None]
     m_hat = m * r

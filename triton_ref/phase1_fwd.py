@@ -22,7 +22,10 @@ from triton_ref.device.rows import inverse_rms, load_keys, load_row, row_of, sca
 
 
 @triton.jit
-def mix_tile(p_p, p_sources, source_strides, p_scales, scale_strides, t, num_sources, o_s, m_s, o_d, N: tl.constexpr, S, D: tl.constexpr):
+def mix_tile(
+    p_p, p_sources, source_strides, p_scales, scale_strides, t, num_sources, o_s, m_s, o_d,
+    N: tl.constexpr, S: tl.constexpr, D: tl.constexpr
+):  # fmt: skip
     """[TILE_S, TILE_D] of the mixes of all queries."""
     b_mix = tl.zeros([o_s.shape[0], o_d.shape[1]], tl.float32)
     for n in range(num_sources):
@@ -121,7 +124,9 @@ def phase1_fwd_kernel(
         b_mix = mix_tile(
             p_p, p_sources, source_strides, p_scales, scale_strides, t, num_sources, o_s, m_s, o_d, N, S, D
         )
-        store_row(p_out_rows, b_mix, o_d, m_s[:, None] & (o_d < D), out_scale, seed, PHASE_1_OUT, o_rows[:, None], first)
+        store_row(
+            p_out_rows, b_mix, o_d, m_s[:, None] & (o_d < D), out_scale, seed, PHASE_1_OUT, o_rows[:, None], first
+        )
 
 
 def phase1_fwd(

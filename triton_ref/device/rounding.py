@@ -1,4 +1,4 @@
-"""Scales of scaled fp16 and stochastic rounding, by integer arithmetic on fp32 bits: the same bits as attnres.rounding's definition.
+"""Scales of scaled fp16 and stochastic rounding, by integer arithmetic on fp32 bits, so that every backend finds the same.
 
     stored values = x / scale        scale = 2^(e - 14) of a row whose largest finite magnitude is in [2^e, 2^(e+1))
 
