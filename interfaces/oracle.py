@@ -44,8 +44,8 @@ class Phase2(NamedTuple):
 
 class Step(NamedTuple):
     out: Tensor  # [T, D]
-    prefix: Tensor | ScaledTensor  # [T, D], as stored: its value after the call, to the bit
-    blocks: Tensor | ScaledTensor  # [T, B, D], as stored: their value after the call, to the bit
+    prefix: Tensor | Any  # [T, D], or a ScaledTensor as the argument: its value after the call, to the bit
+    blocks: Tensor | Any  # [T, B, D], the same
 
 
 def mix(
@@ -136,10 +136,11 @@ def step(
     arguments = _step_as_mix(prefix, delta, blocks, norm_weight, qk_weight, output_norm_weight, num_blocks, eps)
     out = mix(**arguments, output_rms_eps=output_norm_eps, dtype=dtype).out
     updated, written = arguments["residuals"][-1], blocks.clone()
-    if block_write_idx >= 0 and isinstance(written, ScaledTensor):
-        written.values[:, block_write_idx], written.scale[:, block_write_idx] = updated.values, updated.scale
-    elif block_write_idx >= 0:
-        written[:, block_write_idx] = updated
+    if block_write_idx >= 0:
+        if isinstance(written, ScaledTensor):
+            written.values[:, block_write_idx], written.scale[:, block_write_idx] = updated.values, updated.scale
+        else:
+            written[:, block_write_idx] = updated
     return Step(out, updated, written)
 
 

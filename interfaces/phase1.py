@@ -26,7 +26,7 @@ def phase_1(
     out_dtype: torch.dtype | None = None,
     stochastic_seed: int | None = None,
     backend: str | None = None,
-) -> tuple[contracts.Rows, Tensor]:
+) -> tuple[Tensor | Any, Tensor]:
     """Mixes the finished blocks for all queries of a block (arXiv:2603.15031, the inter-block phase of Block AttnRes).
 
         logit_si = scale * <q_s * rms_weight_s, v_i> / sqrt(mean(v_i^2) + eps)
@@ -46,7 +46,8 @@ def phase_1(
         backend: "auto", "cute", "triton" or "torch"; None leaves it to use_backend and ATTNRES_BACKEND.
 
     Returns:
-        out [S, ..., D], normalised, and lse [S, ...] in float32, both with gradient: what phase_2 merges.
+        out [S, ..., D] (a ScaledTensor if `storage` says so), normalised, and lse [S, ...] in float32, both with gradient: what
+        phase_2 merges.
 
     Saved for the backward: the inputs, lse, the logits [S, N, T] and 1/rms [N, T] in float32. Arithmetic is float32; the
     same inputs give the same bits. Least traffic: (N + S) T D elements forward, (2 N + S) T D backward.

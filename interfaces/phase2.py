@@ -30,7 +30,7 @@ def phase_2(
     out_dtype: torch.dtype | None = None,
     stochastic_seed: int | None = None,
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, contracts.Rows]:
+) -> Tensor | tuple[Tensor, Tensor | Any]:
     """Merges the partial sum by an online softmax (arXiv:2603.15031, the intra-block phase of Block AttnRes).
 
         x = partial_sum, or partial_sum + delta rounded to the partial sum's storage
@@ -56,7 +56,7 @@ def phase_2(
         backend: "auto", "cute", "triton" or "torch"; None leaves it to use_backend and ATTNRES_BACKEND.
 
     Returns:
-        out [..., D]; with delta (out, new partial sum [..., D]), both with gradient.
+        out [..., D]; with delta (out, new partial sum [..., D], a ScaledTensor if so stored), both with gradient.
 
     Saved for the backward: x, inter_out, inter_lse, and per token logit and 1/rms in float32. The same inputs give the same
     bits. Least traffic: 3 T D elements forward and 5 T D backward; 5 T D forward with delta.
@@ -203,7 +203,8 @@ def _forward(
     tokens = storage[0].shape[0]
     if tokens == 0:
         return outputs
-    x, inter, out, addend, new_partial = (*storage, None, None)[:5]
+    x, inter, out = storage[:3]
+    addend, new_partial = storage[3:] or (None, None)
     logit, rstd = (None if value is None else contracts.vector(value) for value in (logit, rstd))
     query, lse = contracts.vector(query), contracts.vector(inter_lse.contiguous())
     backends.launch(
@@ -230,12 +231,15 @@ def _forward(
         seed=seed,
     )
     if checked_mode.is_on():
-        x, inter = contracts.scaled_or_plain(x, scales[0]), contracts.scaled_or_plain(inter, scales[1])
-        if new_partial is not None:
+        checked_x = contracts.scaled_or_plain(x, scales[0])
+        if addend is not None and new_partial is not None:
             stored = contracts.scaled_or_plain(new_partial, scales[2])
-            checked_mode.verify_sum("phase2", "new_partial", name, x, addend, stored, seed is not None)
-            x = stored
-        arguments = _oracle_arguments(x, query, inter, lse, eps, key_weight, scale, output_weight, output_eps)
+            checked_mode.verify_sum("phase2", "new_partial", name, checked_x, addend, stored, seed is not None)
+            checked_x = stored
+        checked_inter = contracts.scaled_or_plain(inter, scales[1])
+        arguments = _oracle_arguments(
+            checked_x, query, checked_inter, lse, eps, key_weight, scale, output_weight, output_eps
+        )
         checked_mode.verify("phase2", name, arguments, {"out": out})
     return outputs
 

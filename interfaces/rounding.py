@@ -61,7 +61,7 @@ def random_bits(seed: int, stream: int, first_row: int, num_rows: int, size: int
 
 def stochastic(rows: Tensor, dtype: torch.dtype, seed: int, stream: int, first_row: int = 0) -> Tensor:
     """float32 [T, D] rounded to bfloat16 or float16."""
-    bits = random_bits(seed, stream, first_row, *rows.shape, rows.device)
+    bits = random_bits(seed, stream, first_row, rows.shape[0], rows.shape[1], rows.device)
     magnitude = rows.contiguous().view(torch.int32) & 0x7FFFFFFF
     if dtype == torch.bfloat16:
         rounded = ((magnitude + bits) & ~0xFFFF).view(torch.float32)

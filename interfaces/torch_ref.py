@@ -259,7 +259,7 @@ def serve_step(
         scales = [*blocks_scale[:, :num_blocks].unbind(1), prefix_scale]
     if block_write_idx >= 0:
         blocks[:, block_write_idx].copy_(prefix)
-        if blocks_scale is not None:
+        if prefix_scale is not None and blocks_scale is not None:
             blocks_scale[:, block_write_idx].copy_(prefix_scale)
     nothing = None
     mix_fwd(

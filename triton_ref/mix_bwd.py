@@ -21,13 +21,11 @@ import triton.language as tl
 from triton_ref import config
 from triton_ref.device.rows import (
     element,
-    larger_unit,
     load_key,
     load_row,
     rms_norm_backward,
     row_of,
     scale_of,
-    scaled_row,
     unit_of,
 )
 from triton_ref.query_grad import vector_grad
@@ -85,18 +83,17 @@ def mix_bwd_kernel(
                 b_mix = tl.zeros([BLOCK_D], tl.float32)
                 for i in range(num_sources):
                     b_v = load_row(row_of(p_sources, source_strides, i, t, L), o_d, D)
-                    b_mix += element(b_p, o_l, i) * scaled_row(b_v, scale_of(p_scales, scale_strides, i, t, L))
+                    b_mix += element(b_p, o_l, i) * b_v * scale_of(p_scales, scale_strides, i, t, L)
             unit = unit_of(scale_of(p_scales, scale_strides, 0, t, L))
-            if p_scales is not None:
-                for i in range(num_sources):
-                    unit = larger_unit(unit, scale_of(p_scales, scale_strides, i, t, L))
+            for i in range(num_sources):
+                unit = tl.maximum(unit, scale_of(p_scales, scale_strides, i, t, L))
             b_d_mix, b_share = rms_norm_backward(b_d_mix, b_mix, p_output_weight, output_eps, o_d, D, unit)
             b_d_output_weight += b_share
 
         b_a = tl.zeros([BLOCK_L], tl.float32)
         b_next = load_row(row_of(p_sources, source_strides, 0, t, L), o_d, D)
         for i in range(num_sources):
-            b_v = scaled_row(b_next, scale_of(p_scales, scale_strides, i, t, L))
+            b_v = b_next * scale_of(p_scales, scale_strides, i, t, L)
             b_next = load_row(row_of(p_sources, source_strides, tl.minimum(i + 1, num_sources - 1), t, L), o_d, D)
             b_a = tl.where(o_l == i, tl.sum(b_d_mix * b_v, axis=0), b_a)
 
@@ -107,7 +104,7 @@ def mix_bwd_kernel(
 
         for i in range(num_sources):
             b_v = load_row(row_of(p_sources, source_strides, i, t, L), o_d, D)
-            b_v = scaled_row(b_v, scale_of(p_scales, scale_strides, i, t, L))
+            b_v *= scale_of(p_scales, scale_strides, i, t, L)
             g = element(b_g, o_l, i)
             b_d_v = element(b_p, o_l, i) * b_d_mix + g * (b_u - element(b_pull, o_l, i) * b_v)
             tl.store(row_of(p_d_sources, d_source_strides, i, t, L) + o_d, b_d_v, mask=m_d)

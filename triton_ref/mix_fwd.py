@@ -17,14 +17,12 @@ import triton.language as tl
 from triton_ref import config
 from triton_ref.device.rows import (
     key_logit,
-    larger_unit,
     load_key,
     load_row,
     merge,
     rms_norm,
     row_of,
     scale_of,
-    scaled_row,
     unit_of,
 )
 
@@ -69,9 +67,8 @@ def mix_fwd_kernel(
     b_next = load_row(row_of(p_sources, source_strides, 0, t, L), o_d, D)
     for i in range(num_sources):
         row_scale = scale_of(p_scales, scale_strides, i, t, L)
-        if p_scales is not None:
-            unit = larger_unit(unit, row_scale)
-        b_v = scaled_row(b_next, row_scale)
+        unit = tl.maximum(unit, row_scale)
+        b_v = b_next * row_scale
         # The next source is on its way while this one is reduced: loads do not move across a reduction's barrier.
         b_next = load_row(row_of(p_sources, source_strides, tl.minimum(i + 1, num_sources - 1), t, L), o_d, D)
         rstd, logit = key_logit(b_v, b_u, eps, scale, D, unit_of(row_scale))

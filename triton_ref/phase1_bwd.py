@@ -19,7 +19,7 @@ import triton.language as tl
 
 from triton_ref import config
 from triton_ref.device.rounding import D_SOURCES
-from triton_ref.device.rows import element, load_keys, load_row, row_of, scale_of, scaled_row, store_row
+from triton_ref.device.rows import element, load_keys, load_row, load_scale, row_of, scale_of, store_row
 from triton_ref.query_grad import query_grad
 
 
@@ -73,7 +73,7 @@ def phase1_d_sources_kernel(
         b_a = tl.zeros([BLOCK_S, BLOCK_N], tl.float32)
         b_next = load_row(row_of(p_sources, source_strides, 0, t, N), o_row, D)
         for n in range(num_sources):
-            b_v = scaled_row(b_next, scale_of(p_scales, scale_strides, n, t, N))
+            b_v = b_next * scale_of(p_scales, scale_strides, n, t, N)
             b_next = load_row(row_of(p_sources, source_strides, tl.minimum(n + 1, num_sources - 1), t, N), o_row, D)
             b_a = tl.where((o_n == n)[None, :], tl.sum(b_d_out * b_v, axis=1)[:, None], b_a)
 
@@ -106,14 +106,16 @@ def phase1_d_sources_kernel(
             b_p = tl.load(p_p + n * S + o_s, mask=m_s, other=0.0)
             b_g = tl.load(p_g + n * S + o_s, mask=m_s, other=0.0)
             b_v = load_row(row_of(p_sources, source_strides, n, t, N), o_d, D)
-            b_v = scaled_row(b_v, scale_of(p_scales, scale_strides, n, t, N))
+            b_v *= scale_of(p_scales, scale_strides, n, t, N)
             b_d_v = tl.sum(b_p[:, None] * b_d_out + b_g[:, None] * b_u, axis=0, keep_dims=True)
             # Not rstd^2: fp32 has no square of a large row's.
             b_d_v -= element(b_pull, o_n, n) * (element(b_rstd, o_n, n) * b_v)
             p_d_v = row_of(p_d_sources, d_source_strides, n, t, N)
             if ACCUMULATE:
                 b_d_v += load_row(p_d_v, o_d, D)
-            store_row(p_d_v, b_d_v, o_d, o_d < D, None, seed, D_SOURCES, tl.cast(n, tl.int64) * T + t, first)
+            store_row(
+                p_d_v, b_d_v, o_d, o_d < D, load_scale(None, 0), seed, D_SOURCES, tl.cast(n, tl.int64) * T + t, first
+            )
 
 
 @triton.jit(do_not_specialize=["T", "num_sources"])
@@ -141,7 +143,7 @@ def phase1_du_kernel(
         for n in range(num_sources):
             b_g = tl.load(p_g + (t * N + n) * S + o_s, mask=m_s, other=0.0)
             b_v = load_row(row_of(p_sources, source_strides, n, t, N), o_d, D)
-            b_du += b_g[:, None] * scaled_row(b_v, scale_of(p_scales, scale_strides, n, t, N))
+            b_du += b_g[:, None] * (b_v * scale_of(p_scales, scale_strides, n, t, N))
     o_out = (program * S + o_s)[:, None] * D + o_d
     tl.store(p_du + o_out, b_du, mask=m_s[:, None] & (o_d < D))
 

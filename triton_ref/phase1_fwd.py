@@ -18,7 +18,7 @@ import triton.language as tl
 
 from triton_ref import config
 from triton_ref.device.rounding import PHASE_1_OUT, peak_bits, scale_from
-from triton_ref.device.rows import inverse_rms, load_keys, load_row, row_of, scale_of, scaled_row, store_row, unit_of
+from triton_ref.device.rows import inverse_rms, load_keys, load_row, load_scale, row_of, scale_of, store_row, unit_of
 
 
 @triton.jit
@@ -31,7 +31,7 @@ def mix_tile(
     for n in range(num_sources):
         b_p = tl.load(p_p + n * S + o_s, mask=m_s, other=0.0)
         b_v = load_row(row_of(p_sources, source_strides, n, t, N), o_d, D)
-        b_mix += b_p[:, None] * scaled_row(b_v, scale_of(p_scales, scale_strides, n, t, N))
+        b_mix += b_p[:, None] * (b_v * scale_of(p_scales, scale_strides, n, t, N))
     return b_mix
 
 
@@ -80,7 +80,7 @@ def phase1_fwd_kernel(
         b_next = load_row(row_of(p_sources, source_strides, 0, t, N), o_row, D)
         for n in range(num_sources):
             row_scale = scale_of(p_scales, scale_strides, n, t, N)
-            b_v = scaled_row(b_next, row_scale)
+            b_v = b_next * row_scale
             b_next = load_row(row_of(p_sources, source_strides, tl.minimum(n + 1, num_sources - 1), t, N), o_row, D)
             # [1]
             b_r = inverse_rms(b_v, eps, D, unit_of(row_scale), axis=1)
@@ -107,7 +107,7 @@ def phase1_fwd_kernel(
     m_s = o_s < S
     o_rows = o_s.to(tl.int64) * T + t
     p_out_rows = p_out + o_rows[:, None] * D
-    out_scale = None
+    out_scale = load_scale(None, 0)
     if p_out_scale is not None:
         b_peak = tl.zeros([TILE_S], tl.int32)
         for first in range(0, D, TILE_D):

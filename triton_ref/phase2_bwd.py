@@ -15,12 +15,10 @@ import triton.language as tl
 
 from triton_ref import config
 from triton_ref.device.rows import (
-    larger_unit,
     load_key,
     load_row,
     load_scale,
     rms_norm_backward,
-    scaled_row,
     sigmoid,
     unit_of,
 )
@@ -65,10 +63,10 @@ def phase2_bwd_kernel(
     b_d_output_weight = tl.zeros([BLOCK_D], tl.float32)
 
     for t in range(program, T, tl.num_programs(0)):
-        x_scale = load_scale(None if p_partial_scale is None else p_partial_scale + t * partial_scale_stride)
-        inter_scale = load_scale(None if p_inter_scale is None else p_inter_scale + t * inter_scale_stride)
-        b_x = scaled_row(load_row(p_partial + t * partial_stride, o_d, D), x_scale)
-        b_inter = scaled_row(load_row(p_inter_out + t * inter_out_stride, o_d, D), inter_scale)
+        x_scale = load_scale(p_partial_scale, t * partial_scale_stride)
+        inter_scale = load_scale(p_inter_scale, t * inter_scale_stride)
+        b_x = load_row(p_partial + t * partial_stride, o_d, D) * x_scale
+        b_inter = load_row(p_inter_out + t * inter_out_stride, o_d, D) * inter_scale
         b_dh = load_row(p_d_out + t * D, o_d, D)
         logit = tl.load(p_logit + t)
         rstd = tl.load(p_rstd + t)
@@ -79,7 +77,7 @@ def phase2_bwd_kernel(
 
         if p_output_weight is not None:
             b_h = b_inter + p * (b_x - b_inter)
-            unit = larger_unit(unit_of(x_scale), inter_scale)
+            unit = unit_of(tl.maximum(x_scale, inter_scale))
             b_dh, b_share = rms_norm_backward(b_dh, b_h, p_output_weight, output_eps, o_d, D, unit)
             b_d_output_weight += b_share
 

@@ -15,12 +15,10 @@ import triton.language as tl
 from triton_ref import config
 from triton_ref.device.rows import (
     key_logit,
-    larger_unit,
     load_key,
     load_row,
     load_scale,
     rms_norm,
-    scaled_row,
     sigmoid,
     store_sum,
     unit_of,
@@ -58,26 +56,20 @@ def phase2_fwd_kernel(
     t = tl.program_id(0).to(tl.int64)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
-    p_partial_scale = None if p_partial_scale is None else p_partial_scale + t * partial_scale_stride
-    p_inter_scale = None if p_inter_scale is None else p_inter_scale + t * inter_scale_stride
-    x_scale = load_scale(p_partial_scale)
-    inter_scale = load_scale(p_inter_scale)
-    b_x = scaled_row(load_row(p_partial + t * partial_stride, o_d, D), x_scale)
-    b_inter = scaled_row(load_row(p_inter_out + t * inter_out_stride, o_d, D), inter_scale)
+    x_scale = load_scale(p_partial_scale, t * partial_scale_stride)
+    inter_scale = load_scale(p_inter_scale, t * inter_scale_stride)
+    b_x = load_row(p_partial + t * partial_stride, o_d, D) * x_scale
+    b_inter = load_row(p_inter_out + t * inter_out_stride, o_d, D) * inter_scale
     inter_lse = tl.load(p_inter_lse + t)
     if p_delta is not None:
         b_x += load_row(p_delta + t * delta_stride, o_d, D)
-        p_new_scale = None if p_new_scale is None else p_new_scale + t
-        b_x, new_scale = store_sum(p_new_partial + t * D, p_new_scale, b_x, o_d, m_d, seed, t)
-        x_unit = unit_of(new_scale)
-    else:
-        x_unit = unit_of(x_scale)
+        b_x, x_scale = store_sum(p_new_partial + t * D, p_new_scale, t, b_x, o_d, m_d, seed, t)
 
     b_u = load_key(p_query, p_key_weight, o_d, D)
-    rstd, logit = key_logit(b_x, b_u, eps, scale, D, x_unit)
+    rstd, logit = key_logit(b_x, b_u, eps, scale, D, unit_of(x_scale))
     b_h = b_inter + sigmoid(logit - inter_lse) * (b_x - b_inter)
     if p_output_weight is not None:
-        b_h = rms_norm(b_h, p_output_weight, output_eps, o_d, D, larger_unit(x_unit, inter_scale))
+        b_h = rms_norm(b_h, p_output_weight, output_eps, o_d, D, unit_of(tl.maximum(x_scale, inter_scale)))
     tl.store(p_out + t * D + o_d, b_h, mask=m_d)
     if p_logit is not None:
         tl.store(p_logit + t, logit)

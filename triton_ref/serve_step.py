@@ -15,13 +15,11 @@ import triton.language as tl
 from triton_ref import config
 from triton_ref.device.rows import (
     key_logit,
-    larger_unit,
     load_key,
     load_row,
     load_scale,
     merge,
     rms_norm,
-    scaled_row,
     store_row,
     store_sum,
     unit_of,
@@ -66,12 +64,12 @@ def serve_step_kernel(
     b_next = tl.zeros([BLOCK_D], tl.float32)
     if num_blocks > 0:
         b_next = load_row(p_next, o_d, D)
-    p_prefix_scale = None if p_prefix_scale is None else p_prefix_scale + t * prefix_scale_stride
-    x_scale = load_scale(p_prefix_scale)
-    b_x = scaled_row(load_row(p_prefix_row, o_d, D), x_scale)
+    o_prefix_scale = t * prefix_scale_stride
+    x_scale = load_scale(p_prefix_scale, o_prefix_scale)
+    b_x = load_row(p_prefix_row, o_d, D) * x_scale
     if p_delta is not None:
         b_x += load_row(p_delta + t * delta_stride, o_d, D)
-        b_x, x_scale = store_sum(p_prefix_row, p_prefix_scale, b_x, o_d, m_d, seed, t)
+        b_x, x_scale = store_sum(p_prefix_row, p_prefix_scale, o_prefix_scale, b_x, o_d, m_d, seed, t)
     if WRITE_BLOCK:
         o_write = tl.cast(block_write_idx, tl.int64)
         if p_blocks_scale is not None:
@@ -83,12 +81,10 @@ def serve_step_kernel(
     b_mix = b_x
     total = 1.0
     for i in range(num_blocks):
-        row_scale = None
-        if p_blocks_scale is not None:
-            o_block = tl.cast(i, tl.int64)
-            row_scale = tl.load(p_blocks_scale + t * blocks_scale_stride_t + o_block * blocks_scale_stride_b)
-            unit = larger_unit(unit, row_scale)
-        b_v = scaled_row(b_next, row_scale)
+        o_scale = t * blocks_scale_stride_t + tl.cast(i, tl.int64) * blocks_scale_stride_b
+        row_scale = load_scale(p_blocks_scale, o_scale)
+        unit = tl.maximum(unit, row_scale)
+        b_v = b_next * row_scale
         p_next = tl.where(i + 1 < num_blocks, p_next + blocks_stride_b, p_next)
         b_next = load_row(p_next, o_d, D)
         _, logit = key_logit(b_v, b_u, eps, 1.0, D, unit_of(row_scale))

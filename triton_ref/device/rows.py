@@ -35,75 +35,51 @@ def load_row(p_row, o_d, D: tl.constexpr, wanted=True):
 
 
 @triton.jit
-def load_scale(p_scale):
-    """A row's scale, or None where rows have none."""
+def load_scale(p_scale, offset):
+    """A row's scale; 1 where rows have none, which the compiler makes nothing of."""
     if p_scale is None:
-        return None
+        return 1.0
     else:
-        return tl.load(p_scale)
+        return tl.load(p_scale + offset)
 
 
 @triton.jit
 def scale_of(p_scales, strides, i, t, COUNT: tl.constexpr):
-    """The scale of row t of source i, or None."""
+    """The scale of row t of source i."""
     if p_scales is None:
-        return None
+        return 1.0
     else:
         return tl.load(row_of(p_scales, strides, i, t, COUNT))
 
 
 @triton.jit
-def scaled_row(b_v, scale):
-    """What a row stands for."""
-    if scale is None:
-        return b_v
-    else:
-        return b_v * scale
-
-
-@triton.jit
 def unit_of(scale):
-    if scale is None:
-        return None
-    else:
-        return tl.maximum(scale, 1.0)
+    return tl.maximum(scale, 1.0)
 
 
 @triton.jit
-def larger_unit(unit, scale):
-    """The unit of a sum in which this row takes part, too."""
-    if scale is None:
-        return unit
-    elif unit is None:
-        return tl.maximum(scale, 1.0)
-    else:
-        return tl.maximum(unit, scale)
-
-
-@triton.jit
-def store_row(p_row, b_x, o_d, m_d, scale=None, seed=None, STREAM: tl.constexpr = 0, row=0, first=0):
-    """Stores fp32, over `scale` and rounded stochastically if these are given; returns what is stored now, in fp32.
+def store_row(p_row, b_x, o_d, m_d, scale, seed=None, STREAM: tl.constexpr = 0, row=0, first=0):
+    """Stores fp32 over its scale, rounded stochastically if there is a seed; returns what is stored now, in fp32.
 
     STREAM, row and first, the first column, are its place among the random numbers (device/rounding.py).
     """
-    if scale is not None:
-        b_x = b_x * inverse(scale)
+    b_x = b_x * inverse(scale)
     if seed is not None:
         b_x = stochastic(b_x, p_row.dtype.element_ty, seed, STREAM, row, first)
     b_stored = b_x.to(p_row.dtype.element_ty)
     tl.store(p_row + o_d, b_stored, mask=m_d)
-    return scaled_row(b_stored.to(tl.float32), scale)
+    return b_stored.to(tl.float32) * scale
 
 
 @triton.jit
-def store_sum(p_row, p_scale, b_x, o_d, m_d, seed, row):
+def store_sum(p_row, p_scale, offset, b_x, o_d, m_d, seed, row):
     """store_row of a whole row of a partial sum, whose scale is chosen here; returns the scale, too."""
     if p_scale is None:
-        return store_row(p_row, b_x, o_d, m_d, None, seed, PARTIAL_SUM, row), None
+        scale = load_scale(p_scale, offset)
     else:
-        scale = row_scale(b_x, 0)
-        tl.store(p_scale, scale)
-        return store_row(p_row, b_x, o_d, m_d, scale, seed, PARTIAL_SUM, row), scale
+        scale = row_scale(b_x)
+        tl.store(p_scale + offset, scale)
+    return store_row(p_row, b_x, o_d, m_d, scale, seed, PARTIAL_SUM, row), scale
 
 
 @triton.jit
@@ -133,18 +109,15 @@ def load_keys(p_queries, query_stride, p_key_weights, key_weight_stride, o_s, m_
 
 
 @triton.jit
-def inverse_rms(b_v, eps, D: tl.constexpr, unit=None, axis: tl.constexpr = 0):
+def inverse_rms(b_v, eps, D: tl.constexpr, unit, axis: tl.constexpr = 0):
     """(mean(v^2) + eps)^(-1/2), correctly rounded steps: one scalar a row, so the cost is nothing."""
-    if unit is None:
-        return tl.div_rn(1.0, tl.sqrt_rn(tl.sum(b_v * b_v, axis=axis) / D + eps))
-    else:
-        down = inverse(unit)
-        b_v = b_v * down
-        return tl.div_rn(1.0, tl.sqrt_rn(tl.sum(b_v * b_v, axis=axis) / D + eps * down * down)) * down
+    down = inverse(unit)
+    b_v = b_v * down
+    return tl.div_rn(1.0, tl.sqrt_rn(tl.sum(b_v * b_v, axis=axis) / D + eps * down * down)) * down
 
 
 @triton.jit
-def key_logit(b_v, b_u, eps, scale, D: tl.constexpr, unit=None):
+def key_logit(b_v, b_u, eps, scale, D: tl.constexpr, unit):
     """r and scale * r * <u, v> of one source row."""
     rstd = inverse_rms(b_v, eps, D, unit)
     return rstd, scale * (rstd * tl.sum(b_u * b_v, axis=0))
@@ -166,12 +139,12 @@ def sigmoid(x):
 
 
 @triton.jit
-def rms_norm(b_m, p_weight, eps, o_d, D: tl.constexpr, unit=None):
+def rms_norm(b_m, p_weight, eps, o_d, D: tl.constexpr, unit):
     return b_m * inverse_rms(b_m, eps, D, unit) * load_row(p_weight, o_d, D)
 
 
 @triton.jit
-def rms_norm_backward(b_d_out, b_m, p_weight, eps, o_d, D: tl.constexpr, unit=None):
+def rms_norm_backward(b_d_out, b_m, p_weight, eps, o_d, D: tl.constexpr, unit):
     """d_m, and this row's share d_out * m_hat of the weight's gradient."""
     rstd = inverse_rms(b_m, eps, D, unit)
     b_hat = b_m * rstd
