@@ -38,7 +38,7 @@ def load_row(p_row, o_d, D: tl.constexpr, wanted=True):
 def load_scale(p_scale, offset):
     """A row's scale; 1 where rows have none, which the compiler makes nothing of."""
     if p_scale is None:
-        return 1.0
+        return tl.full([], 1.0, tl.float32)
     else:
         return tl.load(p_scale + offset)
 
@@ -47,7 +47,7 @@ def load_scale(p_scale, offset):
 def scale_of(p_scales, strides, i, t, COUNT: tl.constexpr):
     """The scale of row t of source i."""
     if p_scales is None:
-        return 1.0
+        return tl.full([], 1.0, tl.float32)
     else:
         return tl.load(row_of(p_scales, strides, i, t, COUNT))
 
