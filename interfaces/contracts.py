@@ -248,12 +248,16 @@ def spec(
     num_sources: int = 1,
     num_queries: int = 1,
     *,
+    stored: Sequence[torch.dtype] = (),
     scaled: bool = False,
     seed: int | None = None,
 ) -> Spec:
-    """What the backends are asked about a launch; `tensors` are all its storage tensors, as rows [T, D]."""
+    """What the backends are asked about a launch; `tensors` are its storage tensors, as rows [T, D].
+
+    stored: the dtypes of those that the launch's caller allocates, contiguous.
+    """
     first, alignment = tensors[0], byte_alignment(tensors)
-    features = dtypes.features([tensor.dtype for tensor in tensors], scaled, seed)
+    features = dtypes.features({*stored, *[tensor.dtype for tensor in tensors]}, scaled, seed)
     return Spec(op, first.device, first.dtype, first.shape[-1], num_sources, num_queries, alignment, features)
 
 
@@ -262,15 +266,15 @@ def step_spec(
     delta: Tensor | None,
     blocks: Tensor,
     num_blocks: int,
-    out: Tensor,
     *,
+    stored: Sequence[torch.dtype] = (),
     scaled: bool = False,
     seed: int | None = None,
 ) -> Spec:
     """`spec` of the serving step."""
-    tensors = [prefix, out, *blocks[:, :2].unbind(1)]  # two blocks tell the alignment of the block stride
+    tensors = [prefix, *blocks[:, :2].unbind(1)]  # two blocks tell the alignment of the block stride
     given = tensors if delta is None else [*tensors, delta]
-    return spec("serve_step", given, num_blocks + 1, scaled=scaled, seed=seed)
+    return spec("serve_step", given, num_blocks + 1, stored=stored, scaled=scaled, seed=seed)
 
 
 def byte_alignment(tensors: Sequence[Tensor]) -> int:

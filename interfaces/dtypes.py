@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -56,7 +55,9 @@ def check(storage: str, column: str, argument: str, found: str) -> None:
         raise ValueError(f"{argument} is {found}; allowed with {row}")
 
 
-def features(storage: Iterable[torch.dtype], scaled: bool = False, seed: int | None = None) -> tuple[str, ...]:
+def features(storage: set[torch.dtype], scaled: bool = False, seed: int | None = None) -> tuple[str, ...]:
     """What a launch asks for beyond one dtype of all its storage tensors: what `Spec.features` has."""
-    found = ("scaled fp16",) * scaled + ("stochastic rounding",) * (seed is not None)
-    return found if len(set(storage)) == 1 else ("mixed storage dtypes", *found)
+    if len(storage) == 1 and not scaled and seed is None:
+        return ()
+    mixed = ("mixed storage dtypes",) * (len(storage) > 1)
+    return (*mixed, *("scaled fp16",) * scaled, *("stochastic rounding",) * (seed is not None))

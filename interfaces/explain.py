@@ -7,9 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from attnres import backend as backends
 from attnres import contracts
 from attnres.mix import attn_res
@@ -83,19 +80,19 @@ def _of_sources(
     rows = contracts.unstack(values or stand_ins, stacked)
     scaled, seed = scales is not None or arguments.get("storage") is not None, arguments.get("stochastic_seed")
     # the gradients of plain sources have their dtype
-    storage = [*rows, _like(rows[0], arguments["out_dtype"] or stand_ins[0].dtype)]
-    return [contracts.spec(op, storage, len(rows), num_queries, scaled=scaled, seed=seed) for op in ops]
+    stored = (arguments["out_dtype"] or stand_ins[0].dtype,)
+    return [contracts.spec(op, rows, len(rows), num_queries, stored=stored, scaled=scaled, seed=seed) for op in ops]
 
 
 def _phase_2_specs(arguments: dict[str, Any]) -> list[backends.Spec]:
     contracts.check_phase_2(**arguments)
     given = [arguments[name] for name in ("partial_sum", "inter_out", "delta") if arguments[name] is not None]
     rows = [contracts.rows(contracts.memory(tensor)[0]) for tensor in given]
-    out = _like(rows[0], arguments["out_dtype"] or given[0].dtype)
+    stored = (arguments["out_dtype"] or given[0].dtype,)
     scaled = arguments["storage"] is not None or any(isinstance(tensor, ScaledTensor) for tensor in given)
     return [
-        contracts.spec("phase2_fwd", [*rows, out], scaled=scaled, seed=arguments["stochastic_seed"]),
-        contracts.spec("phase2_bwd", [*rows[:2], out], scaled=scaled),
+        contracts.spec("phase2_fwd", rows, stored=stored, scaled=scaled, seed=arguments["stochastic_seed"]),
+        contracts.spec("phase2_bwd", rows[:2], stored=stored, scaled=scaled),
     ]
 
 
@@ -103,15 +100,12 @@ def _step_specs(arguments: dict[str, Any]) -> list[backends.Spec]:
     contracts.check_step(**arguments)
     prefix, blocks = arguments["prefix"], contracts.memory(arguments["blocks"])[0]
     rows, scaled = contracts.memory(prefix)[0], isinstance(prefix, ScaledTensor)
-    out, seed = _like(rows, arguments["out_dtype"] or prefix.dtype), arguments["stochastic_seed"]
-    return [
-        contracts.step_spec(rows, arguments["delta"], blocks, arguments["num_blocks"], out, scaled=scaled, seed=seed)
-    ]
-
-
-def _like(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor as the call would allocate it, but for its length."""
-    return rows.new_empty((1, rows.shape[-1]), dtype=dtype)
+    options = {
+        "stored": (arguments["out_dtype"] or prefix.dtype,),
+        "scaled": scaled,
+        "seed": arguments["stochastic_seed"],
+    }
+    return [contracts.step_spec(rows, arguments["delta"], blocks, arguments["num_blocks"], **options)]
 
 
 _SPECS: dict[Callable[..., Any], Callable[[dict[str, Any]], list[backends.Spec]]] = {

@@ -158,7 +158,7 @@ def _forward(
     out, *statistics, weights = outputs
     rows, out = contracts.unstack(values or sources, stacked), contracts.rows(out)
     row_scales = contracts.unstack_scales(scales, stacked)
-    asked = contracts.spec("mix_fwd", [*rows, out], len(rows), scaled=scales is not None)
+    asked = contracts.spec("mix_fwd", rows, len(rows), stored=(out.dtype,), scaled=scales is not None)
     name = backends.choose(asked, (backend, origin))
     tokens = rows[0].shape[0]
     if tokens == 0:

@@ -196,15 +196,18 @@ def _forward(
     out, new_partial, logit, rstd, new_values, new_scale = outputs
     new_partial = new_partial if new_values is None else new_values
     rows = [partial if partial_values is None else partial_values, inter_out if inter_values is None else inter_values]
-    storage = [contracts.rows(tensor) for tensor in (*rows, out, delta, new_partial) if tensor is not None]
+    storage = [contracts.rows(tensor) for tensor in (*rows, delta) if tensor is not None]
+    stored = (out.dtype,) if new_partial is None else (out.dtype, new_partial.dtype)
     scales = [None if value is None else contracts.vector(value) for value in (partial_scale, inter_scale, new_scale)]
     scaled = any(value is not None for value in scales)
-    name = backends.choose(contracts.spec("phase2_fwd", storage, scaled=scaled, seed=seed), (backend, origin))
+    name = backends.choose(
+        contracts.spec("phase2_fwd", storage, stored=stored, scaled=scaled, seed=seed), (backend, origin)
+    )
     tokens = storage[0].shape[0]
     if tokens == 0:
         return outputs
-    x, inter, out = storage[:3]
-    addend, new_partial = storage[3:] or (None, None)
+    (x, inter), addend = storage[:2], storage[2] if delta is not None else None
+    out, new_partial = contracts.rows(out), None if new_partial is None else contracts.rows(new_partial)
     logit, rstd = (None if value is None else contracts.vector(value) for value in (logit, rstd))
     query, lse = contracts.vector(query), contracts.vector(inter_lse.contiguous())
     backends.launch(
@@ -233,9 +236,9 @@ def _forward(
     if checked_mode.is_on():
         checked_x = contracts.scaled_or_plain(x, scales[0])
         if addend is not None and new_partial is not None:
-            stored = contracts.scaled_or_plain(new_partial, scales[2])
-            checked_mode.verify_sum("phase2", "new_partial", name, checked_x, addend, stored, seed is not None)
-            checked_x = stored
+            kept = contracts.scaled_or_plain(new_partial, scales[2])
+            checked_mode.verify_sum("phase2", "new_partial", name, checked_x, addend, kept, seed is not None)
+            checked_x = kept
         checked_inter = contracts.scaled_or_plain(inter, scales[1])
         arguments = _oracle_arguments(
             checked_x, query, checked_inter, lse, eps, key_weight, scale, output_weight, output_eps

@@ -113,7 +113,9 @@ def _step(
     seed: int | None = None,
 ) -> Tensor:
     out = prefix.new_empty(prefix.shape, dtype=out_dtype)
-    asked = contracts.step_spec(prefix, delta, blocks, num_blocks, out, scaled=prefix_scale is not None, seed=seed)
+    asked = contracts.step_spec(
+        prefix, delta, blocks, num_blocks, stored=(out.dtype,), scaled=prefix_scale is not None, seed=seed
+    )
     name = backends.choose(asked, (backend, origin))
     if not prefix.shape[0]:
         return out

@@ -184,9 +184,9 @@ def test_cute_refuses_what_it_has_no_kernel_for() -> None:
     }
     assert cute_config.refusal(**call) is None
     for options, expected in (
-        ({"storage": [BF16, FP32]}, "phase2_fwd has no CuTe kernel yet for mixed storage dtypes"),
-        ({"storage": [FP16], "scaled": True, "seed": 1}, "scaled fp16 and stochastic rounding"),
-        ({"storage": [BF16, BF16]}, "None"),
+        ({"storage": {BF16, FP32}}, "phase2_fwd has no CuTe kernel yet for mixed storage dtypes"),
+        ({"storage": {FP16}, "scaled": True, "seed": 1}, "scaled fp16 and stochastic rounding"),
+        ({"storage": {BF16}}, "None"),
     ):
         assert expected in str(cute_config.refusal(**call, features=dtypes.features(**options)))
 
@@ -198,6 +198,11 @@ def test_explain_knows_the_options() -> None:
     )
     assert found.forward == "torch"
     assert attnres.explain(attnres.phase_1, [given[0]], S, EPS, storage=SCALED_FP16).backward == "torch"
+    prefix, blocks = ScaledTensor.from_tensor(S), ScaledTensor.from_tensor(S[:, None])
+    step = attnres.explain(
+        attnres.attn_res_step, prefix, S, blocks, None, S[0], None, 1, -1, EPS, EPS, stochastic_seed=1
+    )
+    assert step.forward == "torch"
 
 
 # --- stochastic rounding: the definition ---
@@ -336,6 +341,27 @@ def test_phase_1_rounds_its_output_and_the_blocks_gradient(storage: str | None, 
     assert all(torch.equal(a, b) for a, b in zip(drawn[0], drawn[2], strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(drawn[0], drawn[1], strict=True))
     assert not torch.equal(drawn[0][0], nearest.to(FP32))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_that_are_added_to_are_rounded_stochastically(backend: str) -> None:
+    """phase1_bwd's `accumulate`: the sum with what is there is rounded once."""
+    sources, queries = [rows(5, 40, seed=i).bfloat16() for i in range(3)], rows(2, 40, seed=4)
+    d_out = rows(2, 5, 40, seed=5).bfloat16()
+    statistics = rows(2, 5), torch.zeros(2, 3, 5), torch.zeros(3, 5)
+    out = torch.zeros(2, 5, 40)
+    backends.launcher("phase1_fwd", backend)(sources, queries, None, EPS, 1.0, out, *statistics)
+    had = [rows(5, 40, seed=10 + i).bfloat16() for i in range(3)]
+    given = (d_out, None, sources, queries, None, EPS, 1.0, *statistics)
+    run, d_queries = backends.launcher("phase1_bwd", backend), torch.zeros(2, 40)
+    alone, summed = [torch.zeros(5, 40) for _ in had], [value.clone() for value in had]
+    run(*given, alone, False, d_queries, None)
+    run(*given, summed, True, d_queries, None, seed=3)
+    for i, (found, share, before) in enumerate(zip(summed, alone, had, strict=True)):
+        exact = share.double() + before.double()
+        assert numerics.judge(found, exact, kind="gradient", plain32=exact.float(), stochastic=True).ok
+        drawn = rounding.stochastic(exact.float(), BF16, 3, rounding.D_SOURCES, i * 5)
+        assert (found == drawn).float().mean() > 0.99  # but for where float32 sums differ in their last bit
 
 
 def test_the_mean_over_seeds_is_the_float32_result() -> None:
