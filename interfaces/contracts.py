@@ -344,7 +344,7 @@ def _storage_name(value: Rows) -> str:
 
 
 def _same_format(value: Any, reference: Rows) -> bool:
-    return type(value) is type(reference) and value.dtype == reference.dtype
+    return isinstance(value, ScaledTensor) == isinstance(reference, ScaledTensor) and value.dtype == reference.dtype
 
 
 def _goes_with(name: str, value: Any, column: str, reference_name: str, reference: Rows) -> None:

@@ -16,6 +16,7 @@ from torch.utils import _pytree
 
 SCALED_FP16 = "fp16_scaled"  # the name of the format, as `storage=` takes it
 
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _INFINITE_BITS = 0x7F800000  # of a float32: exponent field 255 and no mantissa
 _PEAK_EXPONENT = 14  # a row's largest scaled magnitude lies in [2^14, 2^15): one binade of headroom below 65504
 
@@ -54,8 +55,8 @@ class ScaledTensor:
             )
         if scale.device != values.device:
             raise ValueError(f"scale is on {scale.device}; allowed is {values.device}, where the values are")
-        if not dtype.is_floating_point:
-            raise ValueError(f"dtype is {dtype}; allowed are floating-point dtypes")
+        if dtype not in _DTYPES:
+            raise ValueError(f"dtype is {dtype}; allowed are bfloat16, float16 and float32")
         if values.requires_grad or scale.requires_grad:
             raise ValueError(
                 "values or scale requires grad; gradients are of the represented tensor: use requires_grad_()"
@@ -74,7 +75,7 @@ class ScaledTensor:
     @classmethod
     def from_tensor(cls, tensor: Tensor) -> ScaledTensor:
         """Each row of a bfloat16, float16 or float32 tensor [..., D] with its scale, rounded to nearest even."""
-        if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        if tensor.dtype not in _DTYPES:
             raise ValueError(f"tensor is {tensor.dtype}; allowed are bfloat16, float16 and float32")
         if not tensor.dim() or not tensor.shape[-1]:
             raise ValueError(f"tensor has shape {list(tensor.shape)}; allowed is [..., D] with D >= 1")
@@ -221,8 +222,9 @@ def _flatten_with_keys(scaled: ScaledTensor) -> tuple[list[tuple[Any, Tensor]], 
 
 def _unflatten(parts: Any, dtype: torch.dtype) -> ScaledTensor:
     values, scale, *rest = parts
-    # tree_map may have put anything in their places
-    return ScaledTensor.from_parts(values, scale, rest[0] if rest else new_stand_in(values, values.shape, dtype))
+    if not rest and isinstance(values, Tensor):  # else tree_map has put something into its place
+        rest = [new_stand_in(values, values.shape, dtype)]
+    return ScaledTensor.from_parts(values, scale, *(rest or [None]))
 
 
 _pytree.register_pytree_node(

@@ -174,6 +174,8 @@ def test_parts_that_do_not_fit_are_refused(values: Tensor, scale: Tensor, messag
 def test_only_floating_rows_are_scaled() -> None:
     with pytest.raises(ValueError, match=r"tensor is torch\.float64"):
         ScaledTensor.from_tensor(torch.zeros(3, 8).double())
+    with pytest.raises(ValueError, match=r"dtype is torch\.float64"):
+        ScaledTensor(torch.zeros(3, 8).half(), torch.ones(3), torch.float64)
     with pytest.raises(ValueError, match="D >= 1"):
         ScaledTensor.from_tensor(torch.zeros(3, 0))
 
@@ -187,6 +189,7 @@ def test_it_is_a_pytree_node() -> None:
     assert torch.equal(back.to(), scaled.to())
     moved = _pytree.tree_map(lambda tensor: tensor.to("meta"), scaled)
     assert (moved.device.type, moved.shape) == ("meta", scaled.shape)
+    assert _pytree.tree_map(lambda tensor: tensor.dim(), scaled).scale == 1
     paths, _ = _pytree.tree_flatten_with_path(scaled.requires_grad_())
     assert [_pytree.keystr(path) for path, _ in paths] == [".values", ".scale", ".stand_in"]
     assert _pytree.tree_map(lambda tensor: tensor, scaled).stand_in is scaled.stand_in
