@@ -30,6 +30,7 @@ sanitize: .venv/installed
 bench: .venv/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,bench]"
 	$(BIN)/python -m bench.run --out bench/results
+	$(BIN)/python -m bench.network --out bench/results
 
 readme-results: .venv/installed
 	$(BIN)/python -m bench.readme

@@ -65,7 +65,7 @@ class Case:
         rows = {
             "mix": (s.sources + 1, 2 * s.sources + 1),
             "phase1": (s.sources + s.queries, 2 * s.sources + s.queries),
-            "phase2": (5 if s.delta else 3, 5),
+            "phase2": (5, 6) if s.delta else (3, 5),
             "step": (s.sources + 3, 0),
         }[self.op][self.backward]
         return rows * s.tokens * s.hidden_size * ITEMSIZE
@@ -115,6 +115,7 @@ CASES: tuple[Case, ...] = (
     *(_phase2(size, headline=True) for size in (2048, 4096, 7168)),
     *(_phase2(size, fused=True, headline=True) for size in (2048, 4096, 7168)),
     *(_phase2(size, backward=True, headline=size == 2048) for size in (2048, 4096, 7168)),
+    *(_phase2(size, fused=True, backward=True) for size in (2048, 4096, 7168)),
     *(_step(tokens, 7168, depth) for depth in (2, 5) for tokens in (1, 16, 64, 256, 8192)),
     _step(8192, 2304, 9),
     *(_mix(*sizes) for sizes in _GRID if sizes not in HEADLINE),

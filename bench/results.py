@@ -84,9 +84,9 @@ def entry(case: Case) -> dict[str, Any]:
     }
 
 
-def path_in(folder: Path, device_name: str) -> Path:
+def path_in(folder: Path, device_name: str, kind: str = "bench") -> Path:
     slug = re.sub(r"[^a-z0-9]+", "-", device_name.lower().replace("nvidia", "")).strip("-")
-    return folder / f"bench_{slug}.json"
+    return folder / f"{kind}_{slug}.json"
 
 
 def save(results: Results, path: Path) -> None:

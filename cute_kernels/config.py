@@ -6,10 +6,9 @@ kernels: the interface layer reads this module at dispatch.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -18,7 +17,8 @@ MAX_SOURCES = 32
 ALIGNMENT = 16  # bytes: what a bulk copy and a 16-byte store need of every row's address
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 PARAMETER_DTYPES = DTYPES | {torch.float32: "fp32"}
-ROW_OPS = ("mix_fwd", "phase2_fwd", "serve_step")
+ROW_OPS = ("mix_fwd", "phase2_fwd", "phase2_bwd", "serve_step")
+PHASE1_OPS = ("phase1_fwd", "phase1_bwd")
 
 LANES = 32
 VECTOR = 8  # elements of 16 bytes
@@ -49,6 +49,24 @@ MIN_SLOTS = 4  # of a group, where rows are small enough
 MAX_SLOTS = 32
 
 
+# Of the register kernel.
+# Up to so many tokens, a token is spread over up to so many CTAs: about one for each SM. On an H200, step at D 7168, L 9, us in a
+# CUDA graph with 1 / 2 / 7 CTAs a token: T 1: 4.5 / 3.2 / 2.4; T 16: 4.8 / 3.8 / 3.7; T 64: 6.0 / 5.2 / 6.3; T 128: 8.2 / 9.7 /
+# 10.0, and 8.7 with the ring, which wins from there on: T 256: 15.6 / 18.2 / 15.8, ring 13.6.
+CLUSTERS = {16: 8, 66: 2, 132: 1}
+MANY_TOKENS = 1 << 31
+# With many tokens, it wins where a token is small. Shares of copy bandwidth on an H200 at T 8192, ring and registers: D 2048, L 2:
+# .80, .90; L 7: .96, .99; L 9: .97, .94; D 4096, L 5: .98, 1.01; L 9: 1.00, .75; D 7168, L 3: .96, 1.01; L 4: .96, .87.
+MAX_REGISTER_ROWS = 8
+MAX_REGISTER_ELEMENTS = 3 * 8192
+# Of a CTA then. On an H200, phase 2 at D 7168: 1.02 of copy bandwidth with 10 warps, .92 with 14.
+MAX_STREAM_WARPS = 10
+MIN_LOADS = 4  # of 16 bytes a thread. On an H200, D 2048, L 1: .82 with 4, .78 with 1.
+# Of a CTA with few tokens. On an H200, step at D 7168, L 9, T 64: 5.2 us with 7 warps, two vectors a thread, 5.5 us with 14.
+MAX_DECODE_WARPS = 8
+SPARE_REGISTERS = 14  # besides rows, query and two sums for each row; tests compile the tightest configurations
+
+
 def refusal(
     *,
     op: str,
@@ -62,12 +80,12 @@ def refusal(
     """Why the CuTe backend cannot take this call, or None. All limits are stated here."""
     if features:
         return f"{op} has no CuTe kernel yet for {' and '.join(features)}"
-    if op == "phase1_fwd":
-        try:
-            from cute_kernels.config_phase1 import phase1_refusal
-        except ModuleNotFoundError:
-            return "phase1_fwd has no CuTe kernel yet"
-        return phase1_refusal(
+    if op in PHASE1_OPS:
+        from cute_kernels.config_phase1 import phase1_refusal
+        from cute_kernels.config_phase1_bwd import phase1_bwd_refusal
+
+        refuses = phase1_refusal if op == "phase1_fwd" else phase1_bwd_refusal
+        return refuses(
             dtype=dtype,
             hidden_size=hidden_size,
             num_sources=num_sources,
@@ -81,7 +99,7 @@ def refusal(
     if hidden_size % VECTOR or not VECTOR <= hidden_size <= MAX_HIDDEN_SIZE:
         return f"hidden size {hidden_size} must be a multiple of {VECTOR} and at most {MAX_HIDDEN_SIZE}"
     most = MAX_SOURCES + (op == "serve_step")
-    if op != "phase2_fwd" and not 1 <= num_sources <= most:
+    if not op.startswith("phase2") and not 1 <= num_sources <= most:
         return f"{num_sources} sources: {op} takes 1 to {most}" + (" (blocks and prefix)" if op == "serve_step" else "")
     if byte_alignment < ALIGNMENT:
         return f"every row must start at a multiple of {ALIGNMENT} bytes, not of {byte_alignment}"
@@ -89,8 +107,11 @@ def refusal(
 
 
 @dataclass(frozen=True)
-class Tile:
-    """How a CTA works on tokens: `groups` consumer groups of `warps` warps, each with a ring of `slots` slots of `rows` rows."""
+class RingTile:
+    """Rows by way of shared memory, one CTA an SM on tokens in turn.
+
+    `groups` consumer groups of `warps` warps each have a ring of `slots` slots of `rows` rows.
+    """
 
     warps: int
     groups: int
@@ -143,10 +164,38 @@ def table_bytes(rows: int, producers: int) -> int:
     return rows * 16 * producers
 
 
-def exchange_bytes(chunk: int, warps: int, groups: int) -> int:
-    """Two buffers of one partial sum per lane, warp and 16 sources (rows.GroupExchange)."""
-    depth = -(-chunk // 16)
-    return 0 if warps == 1 else LANES * depth * warps * 2 * groups * 4
+def exchange_words(rows: int) -> int:
+    """Partial sums a warp has to tell of up to that many rows: one per lane and 16 rows (rows.RowSums)."""
+    return LANES * -(-rows // 16)
+
+
+def exchange_bytes(rows: int, warps: int, groups: int) -> int:
+    """Two buffers of every warp's partial sums (rows.GroupExchange)."""
+    return 0 if warps == 1 else exchange_words(rows) * warps * 2 * groups * 4
+
+
+@dataclass(frozen=True)
+class RegisterTile:
+    """Rows straight to registers, all of a token's at once: a token is mixed by `cluster` CTAs of `warps` warps."""
+
+    warps: int
+    cluster: int = 1
+
+    @property
+    def threads(self) -> int:
+        return self.warps * LANES
+
+    @property
+    def registers(self) -> int:
+        """The most a thread can have."""
+        return min(REGISTER_FILE // (-(-self.warps // 4) * 4 * LANES) // 8 * 8, MAX_REGISTERS)
+
+    def vectors(self, hidden_size: int) -> int:
+        """16-byte vectors of a row per thread."""
+        return -(-hidden_size // (VECTOR * LANES * self.warps * self.cluster))
+
+    def chunks(self, num_sources: int) -> list[range]:
+        return [range(num_sources)]
 
 
 class Operands(NamedTuple):
@@ -190,7 +239,7 @@ class RowConfig:
     rstd: bool
     lse: bool
     weights: bool
-    tile: Tile
+    tile: RingTile | RegisterTile
 
     @property
     def rows_per_token(self) -> int:
@@ -211,6 +260,9 @@ class RowConfig:
     @property
     def shared_bytes(self) -> int:
         tile = self.tile
+        if isinstance(tile, RegisterTile):
+            barriers = 16 * (tile.cluster > 1)
+            return exchange_bytes(self.num_sources, tile.warps * tile.cluster, 1) + barriers
         return (
             tile.groups * tile.slots * slot_bytes(tile.rows, self.pitch)
             + table_bytes(self.rows_per_token, tile.producer_warps)
@@ -219,10 +271,53 @@ class RowConfig:
         )
 
 
+def token_class(tokens: int) -> int:
+    """Tokens shape a kernel as one of a few upper bounds, so that few are compiled."""
+    return next((most for most in CLUSTERS if tokens <= most), MANY_TOKENS)
+
+
 def row_tile(
+    hidden_size: int,
+    num_sources: int,
+    tokens: int = MANY_TOKENS,
+    *,
+    merge: bool = False,
+    delta: bool = False,
+    output_norm: bool = False,
+) -> RingTile | RegisterTile:
+    """Registers for few tokens and for small ones, else the ring."""
+    rows = num_sources + merge + delta
+    if tokens <= max(CLUSTERS):
+        tile = decode_tile(hidden_size, CLUSTERS[token_class(tokens)])
+    elif rows <= MAX_REGISTER_ROWS and rows * hidden_size <= MAX_REGISTER_ELEMENTS:
+        tile = stream_tile(hidden_size, rows)
+    else:
+        return ring_tile(hidden_size, num_sources, merge=merge, delta=delta, output_norm=output_norm)
+    needed = tile.vectors(hidden_size) * (4 * rows + VECTOR) + 2 * num_sources + SPARE_REGISTERS
+    if needed > tile.registers:
+        return ring_tile(hidden_size, num_sources, merge=merge, delta=delta, output_norm=output_norm)
+    return tile
+
+
+def decode_tile(hidden_size: int, most: int) -> RegisterTile:
+    """A cluster of about `most` CTAs: of up to `most`, but at least half as many, the one that leaves the fewest lanes idle."""
+    warps = -(-hidden_size // (VECTOR * LANES))  # of one vector a thread
+    most = min(most, warps)
+    cluster = min(range(most, (most - 1) // 2, -1), key=lambda c: -(-warps // c) * c)
+    each = -(-warps // cluster)
+    return RegisterTile(each if each <= MAX_DECODE_WARPS else -(-each // 2), cluster)
+
+
+def stream_tile(hidden_size: int, rows: int) -> RegisterTile:
+    """CTAs of a token each, small ones, so that many are at work on an SM."""
+    warps = -(-hidden_size // (VECTOR * LANES))  # of one vector a thread
+    return RegisterTile(-(-warps // max(-(-warps // MAX_STREAM_WARPS), -(-MIN_LOADS // rows))))
+
+
+def ring_tile(
     hidden_size: int, num_sources: int, *, merge: bool = False, delta: bool = False, output_norm: bool = False
-) -> Tile:
-    """The tile of a shape: enough warps, and then as many tokens in flight as the registers can hold.
+) -> RingTile:
+    """Enough warps, and then as many tokens in flight as the registers can hold.
 
     Best is a token's rows all in registers, with 12 warps or more: few warps a row give each thread long runs of independent
     arithmetic and cheap reductions, many groups hide one token's reductions behind other tokens' rows. Where the rows are too many
@@ -238,16 +333,16 @@ def row_tile(
         data = vectors(warps) * (4 * (rows + extra) + 8 + 8 * (rows < num_sources))
         return data + REGISTERS_PER_ROW * rows + OTHER_REGISTERS
 
-    def tile(warps: int, groups: int, chunk: int) -> Tile:
+    def tile(warps: int, groups: int, chunk: int) -> RingTile:
         producers = 4 if warps * groups in (8, 12) else 1
         pitch = vectors(warps) * warps * LANES * VECTOR
         other = table_bytes(num_sources + extra, producers) + exchange_bytes(chunk, warps, groups)
         fits = (SHARED_BYTES - other - pitch * 4 * output_norm) // groups
         rows = max(1, min(min(SLOT_BYTES, fits // MIN_SLOTS) // (pitch * ITEM_BYTES), num_sources + extra))
         wanted = max(RING_BYTES // groups // slot_bytes(rows, pitch), MIN_SLOTS)
-        return Tile(warps, groups, producers, chunk, rows, min(fits // slot_bytes(rows, pitch), wanted, MAX_SLOTS))
+        return RingTile(warps, groups, producers, chunk, rows, min(fits // slot_bytes(rows, pitch), wanted, MAX_SLOTS))
 
-    def in_chunks(warps: int, groups: int) -> Tile | None:
+    def in_chunks(warps: int, groups: int) -> RingTile | None:
         """Even chunks, as large as the registers take."""
         registers = tile(warps, groups, 1).registers
         most = max((c for c in range(1, num_sources + 1) if needed(warps, c) <= registers), default=0)
@@ -261,7 +356,7 @@ def row_tile(
         # Not one group: on an H200, D 4096, L 17: .853 of copy bandwidth with 8 warps on one token.
         choices += [(base * 2, groups) for groups in range(2, MAX_CONSUMER_WARPS // (base * 2) + 1)]
 
-    def worth(t: Tile) -> tuple[bool, bool, bool, int, int]:
+    def worth(t: RingTile) -> tuple[bool, bool, bool, int, int]:
         whole = t.chunk == num_sources
         good, fair = t.consumer_warps >= GOOD_CONSUMER_WARPS, t.consumer_warps >= FAIR_CONSUMER_WARPS
         return whole and good, whole and fair, good and t.chunk >= MIN_CHUNK, -len(t.chunks(num_sources)), t.groups
@@ -278,6 +373,7 @@ def row_config(
     key_weight: torch.dtype | None = None,
     output_weight: torch.dtype | None = None,
     *,
+    tokens: int = MANY_TOKENS,
     merge: bool = False,
     delta: bool = False,
     write_block: bool = False,
@@ -303,46 +399,93 @@ def row_config(
         rstd=rstd,
         lse=lse,
         weights=weights,
-        tile=row_tile(hidden_size, num_sources, merge=merge, delta=delta, output_norm=output_weight is not None),
+        tile=row_tile(
+            hidden_size, num_sources, tokens, merge=merge, delta=delta, output_norm=output_weight is not None
+        ),
     )
+
+
+@dataclass(frozen=True)
+class QueryGradConfig:
+    """Static configuration of query_grad: dtypes as in RowConfig; sizes are dynamic."""
+
+    query: str | None  # read for d_key_weight
+    key_weight: str | None
+    d_query: str
+    d_key_weight: str | None
+    d_output_weight: str | None = None  # of the partials' last row
+    warps: ClassVar[int] = 8
+
+    @property
+    def shared_bytes(self) -> int:
+        return self.warps * LANES * 4
+
+
+def query_grad_config(
+    query: torch.dtype | None,
+    key_weight: torch.dtype | None,
+    d_query: torch.dtype,
+    d_key_weight: torch.dtype | None,
+    d_output_weight: torch.dtype | None = None,
+) -> QueryGradConfig:
+    names = PARAMETER_DTYPES | {None: None}
+    return QueryGradConfig(names[query], names[key_weight], names[d_query], names[d_key_weight], names[d_output_weight])
 
 
 def representative_configs() -> Iterator[tuple[str, Callable[[Any], Any], Any]]:
     """(op, build, config) of shapes that real models have and of every path through the kernels."""
+    from cute_kernels import query_grad
     from cute_kernels.mix_fwd import build
 
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     saved: dict[str, Any] = {"logits": True, "rstd": True, "lse": True}
+    # The ring
     yield "mix_fwd", build, row_config("mix_fwd", bf16, 7168, 9, bf16)
-    yield "mix_fwd", build, row_config("mix_fwd", bf16, 4096, 5, bf16)
+    yield "mix_fwd", build, row_config("mix_fwd", bf16, 4096, 9, bf16)
     yield "mix_fwd", build, row_config("mix_fwd", bf16, 2048, 17, bf16)
-    yield "mix_fwd", build, row_config("mix_fwd", bf16, 7168, 2, bf16, **saved)
+    yield "mix_fwd", build, row_config("mix_fwd", bf16, 7168, 5, bf16, **saved)
     yield "mix_fwd", build, row_config("mix_fwd", bf16, 7168, 17, fp32, bf16, bf16, **saved, mixed=True)
     yield "mix_fwd", build, row_config("mix_fwd", bf16, 2304, 17, bf16, bf16, weights=True)
-    yield "mix_fwd", build, row_config("mix_fwd", fp16, 2304, 5, fp16, **saved)
+    yield "mix_fwd", build, row_config("mix_fwd", fp16, 2304, 9, fp16, **saved)
     yield "mix_fwd", build, row_config("mix_fwd", fp16, 4096, 17, fp32, **saved, weights=True)
     yield "mix_fwd", build, row_config("mix_fwd", bf16, 2048, 32, fp32, fp32, fp32, **saved, mixed=True)
     yield "mix_fwd", build, row_config("mix_fwd", bf16, 8192, 32, bf16, weights=True)
     yield "mix_fwd", build, row_config("mix_fwd", fp16, 384, 9, fp32, **saved)
-    yield "mix_fwd", build, row_config("mix_fwd", bf16, 8, 1, bf16)
     yield "serve_step", build, row_config("serve_step", bf16, 7168, 9, fp32, bf16, bf16, delta=True)
-    yield "serve_step", build, row_config("serve_step", bf16, 4096, 5, bf16, bf16, bf16, delta=True, write_block=True)
+    yield "serve_step", build, row_config("serve_step", bf16, 4096, 9, bf16, bf16, bf16, delta=True, write_block=True)
     yield "serve_step", build, row_config("serve_step", fp16, 2048, 17, bf16, fp16, fp16, delta=True)
-    yield "serve_step", build, row_config("serve_step", bf16, 7168, 1, bf16, bf16, write_block=True)
     yield "serve_step", build, row_config("serve_step", bf16, 8192, 33, bf16, bf16, bf16, delta=True, write_block=True)
+    # Registers, many tokens
+    yield "mix_fwd", build, row_config("mix_fwd", bf16, 2048, 2, bf16)
+    yield "mix_fwd", build, row_config("mix_fwd", bf16, 4096, 5, bf16)
+    yield "mix_fwd", build, row_config("mix_fwd", bf16, 7168, 3, fp32, fp32, fp32, **saved, mixed=True, weights=True)
+    yield "mix_fwd", build, row_config("mix_fwd", fp16, 2304, 8, fp16, **saved)
+    yield "mix_fwd", build, row_config("mix_fwd", bf16, 8, 1, bf16)
+    yield "serve_step", build, row_config("serve_step", bf16, 7168, 1, bf16, bf16, write_block=True)
     for hidden_size in (2048, 7168):
-        yield "phase2_fwd", build, row_config("phase2_fwd", bf16, hidden_size, 1, bf16, merge=True)
-        yield (
-            "phase2_fwd",
-            build,
-            row_config("phase2_fwd", bf16, hidden_size, 1, fp32, bf16, bf16, merge=True, delta=True),
-        )
-    yield (
-        "phase2_fwd",
-        build,
-        row_config("phase2_fwd", fp16, 4096, 1, fp16, merge=True, delta=True, logits=True, rstd=True),
-    )
-    with contextlib.suppress(ModuleNotFoundError):
-        from cute_kernels.config_phase1 import phase1_configs
+        plain: dict[str, Any] = {"merge": True}
+        yield "phase2_fwd", build, row_config("phase2_fwd", bf16, hidden_size, 1, bf16, **plain)
+        yield "phase2_fwd", build, row_config("phase2_fwd", bf16, hidden_size, 1, fp32, bf16, bf16, **plain, delta=True)
+    logit: dict[str, Any] = {"merge": True, "logits": True, "rstd": True}
+    yield "phase2_fwd", build, row_config("phase2_fwd", fp16, 4096, 1, fp16, **logit, delta=True)
+    # Registers, few tokens
+    for tokens in CLUSTERS:
+        step = ("serve_step", bf16, 7168, 9, bf16, bf16, bf16)
+        yield "serve_step", build, row_config(*step, tokens=tokens, delta=True, write_block=True)
+        yield "phase2_fwd", build, row_config("phase2_fwd", fp16, 2304, 1, fp32, tokens=tokens, **logit)
+    yield "mix_fwd", build, row_config("mix_fwd", fp16, 4096, 17, fp32, tokens=1, **saved, mixed=True, weights=True)
+    for dtypes in (
+        (bf16, bf16, bf16, bf16),
+        (fp32, bf16, fp32, bf16, fp16),
+        (None, None, fp16, None),
+        (fp32, bf16, fp32, bf16),
+        (None, fp16, fp16, None),
+    ):
+        yield "query_grad", query_grad.build, query_grad_config(*dtypes)
+    from cute_kernels.config_phase1 import phase1_configs
+    from cute_kernels.config_phase1_bwd import phase1_bwd_configs
+    from cute_kernels.config_phase2_bwd import phase2_bwd_configs
 
-        yield from phase1_configs()
+    yield from phase1_configs()
+    yield from phase1_bwd_configs()
+    yield from phase2_bwd_configs()

@@ -7,7 +7,6 @@ nor the kernel.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -136,9 +135,11 @@ class Shape:
 
     @property
     def tokens(self) -> int:
-        """Of one item. With few sources and at most 8 queries, several share the 8 columns of an mma; more queries are
-        work enough for an item of one token, and the output rows of several would cost registers.
+        """Of one item. With few sources and at most 8 queries, several share the 8 columns of an mma; with more queries
+        one token is work enough, unless it brings but one or two rows.
         """
+        if self.octets == 2 and self.num_sources <= 2:
+            return 2
         # A power of two of columns each, so that a token's softmax sums stay within a quarter of a warp's lanes.
         columns = min(1 << (self.num_sources - 1).bit_length(), OCTET)
         return OCTET // columns if self.octets == 1 else 1
@@ -232,19 +233,27 @@ def phase1_config(
     Sources are then read once per part, which only problems do whose queries exceed the registers of a cluster of four.
     """
     terms = query_terms(dtype, query, key_weight)
-    parts = [ceil_div(ceil_div(num_queries, n), OCTET) * OCTET for n in (2, 4)]
-    tiles = itertools.chain(
-        ((s, cluster) for s in (num_queries, *parts) for cluster in (1, 2, 4)),
-        ((s, 8) for s in (num_queries, *parts)),
-    )
-    for queries, cluster in tiles:
-        shape = Shape(hidden_size, num_sources, min(queries, num_queries), terms)
-        tile = _tile(shape, cluster)
-        if tile:
-            return Phase1Config(
-                dtype, query, key_weight, hidden_size, num_sources, shape.num_queries, logits, rstd, tile
-            )
+    parts = [min(ceil_div(ceil_div(num_queries, n), OCTET) * OCTET, num_queries) for n in (1, 2, 4)]
+    parts[0] = num_queries
+    for queries, clusters in [*((part, (1, 2, 4)) for part in parts), *((part, (8,)) for part in parts)]:
+        shape = Shape(hidden_size, num_sources, queries, terms)
+        tiles = [tile for tile in (_tile(shape, cluster) for cluster in clusters) if tile]
+        if tiles:
+            # The smallest cluster, unless a larger one has a much better ring and stores.
+            tile = min(tiles, key=lambda t: shortfall(shape, t) + tiles.index(t))
+            return Phase1Config(dtype, query, key_weight, hidden_size, num_sources, queries, logits, rstd, tile)
     raise ValueError(f"no tile for hidden size {hidden_size}, {num_sources} sources, {num_queries} queries")
+
+
+def shortfall(shape: Shape, tile: Phase1Tile) -> int:
+    """How much worse than the best a tile's ring and stores are.
+
+    Measured on an H200 at D = 7168, S = 16: three tokens and 256 bytes a store 0.842, two and a half and 512 bytes
+    0.816, two and 512 bytes 0.798, three and 128 bytes 0.780; at D = 4096, N = 12, S = 16: two tokens 0.630.
+    """
+    run = min(RUN_BYTES // (BLOCK * ITEM_BYTES), tile.blocks)
+    two = tile.slots < 2.5 * shape.slots_per_item(tile)
+    return 2 * two + (tile.segment < run) + 2 * (tile.segment < min(run, 2))
 
 
 def _tile(shape: Shape, cluster: int) -> Phase1Tile | None:
@@ -281,20 +290,19 @@ def _ring(shape: Shape, cluster: int, warps: int, blocks: int) -> Phase1Tile | N
     # Two tokens are the least that a ring holds: logits of one are made before the mix of the last. A ring of half rows
     # (two slabs) can hold two and a half.
     choices = [
-        (slabs, tokens, segment)
+        (slabs, tokens, segment, False)
         for tokens in (3.0, 2.5, 2.0)
         for segments in ([blocks, run], [s for s in (2, 1) if s < run])
         for segment in segments
         for slabs in (1, halves)
         if tokens > 2.0 or slabs == 1
     ]
-    # Measured on an H200 at D = 7168, S = 16: three tokens and 256 bytes a store 0.842, two and a half and 512 bytes
-    # 0.816, two and 512 bytes 0.798, three and 128 bytes 0.780.
-    choices.sort(key=lambda c: 2 * (c[1] == 2.0) + (c[2] < run) + 2 * (c[2] < min(run, 2)))
     # A direct exchange was faster wherever it left room for whole rows and three tokens, with up to 16 warps' sums to
     # add up; with shorter stores it was slower.
-    direct = [(1, 3.0, blocks, True)] if shape.groups == 1 and warps * cluster <= 16 else []
-    for slabs, tokens, segment, exchange in [*direct, *((*choice, False) for choice in choices)]:
+    if shape.groups == 1 and warps * cluster <= 16:
+        choices.insert(0, (1, 3.0, blocks, True))
+    fitting = []
+    for slabs, tokens, segment, exchange in choices:
         tile = Phase1Tile(cluster, warps, blocks, slabs, 0, segment, 1, exchange)
         fit = (SHARED_BYTES - SCRATCH_BYTES - shape.fixed_bytes(tile)) // shape.slot_bytes(tile)
         per_item = shape.slots_per_item(tile)
@@ -304,8 +312,8 @@ def _ring(shape: Shape, cluster: int, warps: int, blocks: int) -> Phase1Tile | N
         if shape.fixed_places(tile):
             slots -= slots % per_item
         if slots >= tokens * per_item:
-            return dataclasses.replace(tile, slots=slots)
-    return None
+            fitting.append(dataclasses.replace(tile, slots=slots))
+    return min(fitting, key=lambda tile: shortfall(shape, tile), default=None)
 
 
 def phase1_refusal(
@@ -342,7 +350,7 @@ def phase1_configs() -> Iterator[tuple[str, Callable[[Any], Any], Phase1Config]]
     yield "phase1_fwd", build, config(4096, 16, 32, query="fp32", key_weight="bf16", logits=True, rstd=True)
     yield "phase1_fwd", build, config(2304, 9, 12, dtype="fp16", query="fp16")
     yield "phase1_fwd", build, config(8192, 32, 32, dtype="fp16", query="fp32", key_weight="fp32")
-    yield "phase1_fwd", build, config(72, 1, 1, logits=True, rstd=True)
+    yield "phase1_fwd", build, config(72, 1, 2, logits=True, rstd=True)
     yield "phase1_fwd", build, config(4104, 3, 8, query="fp32")
     yield "phase1_fwd", build, config(2048, 8, 16, query="fp32")
     yield "phase1_fwd", build, config(7168, 8, 24, key_weight="fp32")
@@ -352,3 +360,5 @@ def phase1_configs() -> Iterator[tuple[str, Callable[[Any], Any], Phase1Config]]
         config(1024, 9, 32, dtype="fp16", query="bf16", key_weight="bf16", logits=True, rstd=True),
     )
     yield "phase1_fwd", build, config(2048, 1, 16, query="fp32", key_weight="fp32", logits=True, rstd=True)
+    yield "phase1_fwd", build, config(4096, 12, 16)
+    yield "phase1_fwd", build, config(8192, 8, 16)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from cute_kernels.compile import cached_kernel, compile_kernel
-from cute_kernels.config import ALIGNMENT, Operands, RowConfig, row_config
+from cute_kernels.config import ALIGNMENT, Operands, RegisterTile, RowConfig, row_config, token_class
 
 
 @cached_kernel
@@ -19,16 +19,18 @@ def build(config: RowConfig) -> Any:
     from cutlass import Float32, Int32, Int64
     from cutlass.cute.runtime import make_fake_stream
 
-    from cute_kernels.device.mix import RowKernel
+    from cute_kernels.device.mix_registers import RegisterKernel
+    from cute_kernels.device.mix_ring import RingKernel
 
     rows = [Int64(0)] * config.rows_per_token
     operands = Operands(*[Int64(0)] * len(Operands._fields))
     numbers = (Int32(1), Float32(1.0), Float32(1.0), Float32(1.0), Int32(1))
-    return compile_kernel(RowKernel(config), rows, rows, operands, *numbers, make_fake_stream())
+    kernel = RegisterKernel if isinstance(config.tile, RegisterTile) else RingKernel
+    return compile_kernel(kernel(config), rows, rows, operands, *numbers, make_fake_stream())
 
 
 @functools.cache
-def kernel_for(*shape: Any, **flags: bool) -> Any:
+def kernel_for(*shape: Any, **flags: int) -> Any:
     """The compiled kernel for `row_config(*shape, **flags)`."""
     return build(row_config(*shape, **flags))
 
@@ -45,24 +47,23 @@ def current_stream(device: torch.device) -> int:
 
 def launch(
     kernel: Any,
-    rows: list[torch.Tensor],  # [T, D] each, in ring order: (merged row), sources, (delta)
+    rows: list[int],  # addresses of token 0 of [T, D] each: (merged row), sources, (delta)
+    strides: list[int],  # elements from one token to the next
     operands: Operands,
     out: torch.Tensor,
     eps: float,
     output_eps: float,
     scale: float,
 ) -> None:
-    """One CTA per SM, or per token when there are fewer."""
-    tokens = out.shape[0]
     kernel(
-        [row.data_ptr() for row in rows],
-        [row.stride(0) for row in rows],
+        rows,
+        strides,
         operands,
-        tokens,
+        out.shape[0],
         eps,
         output_eps,
         scale,
-        min(tokens, sm_count(out.device)),
+        sm_count(out.device),
         current_stream(out.device),
     )
 
@@ -109,6 +110,7 @@ def mix_fwd(
         query.dtype,
         dtype_of(key_weight),
         dtype_of(output_weight),
+        tokens=token_class(out.shape[0]),
         mixed=mixed is not None,
         logits=logits is not None,
         rstd=rstd is not None,
@@ -126,4 +128,5 @@ def mix_fwd(
         lse=address(lse),
         weights=address(weights),
     )
-    launch(kernel, sources, operands, out, eps, output_eps, scale)
+    rows, strides = [source.data_ptr() for source in sources], [source.stride(0) for source in sources]
+    launch(kernel, rows, strides, operands, out, eps, output_eps, scale)

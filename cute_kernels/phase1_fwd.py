@@ -10,7 +10,7 @@ import torch
 from cute_kernels.compile import cached_kernel, compile_kernel
 from cute_kernels.config import ALIGNMENT, PARAMETER_DTYPES
 from cute_kernels.config_phase1 import Phase1Config, phase1_config
-from cute_kernels.mix_fwd import address, current_stream, dtype_of, sm_count
+from cute_kernels.mix_fwd import address, current_stream, dtype_of, mix_fwd, sm_count
 
 
 @cached_kernel
@@ -68,8 +68,13 @@ def phase1_fwd(
     16 bytes.
     Moves (N + S) T D elements, when one launch takes all queries (config_phase1). Deterministic.
     """
-    queries, key_weights = aligned(queries), None if key_weights is None else aligned(key_weights)
     num_queries, tokens, hidden_size = out.shape
+    if num_queries == 1:
+        # A direct mix, which the row kernel does at up to twice the speed (N = 1, D = 4096: .51 of copy bandwidth here).
+        weight, row_logits = (None if tensor is None else tensor[0] for tensor in (key_weights, logits))
+        mix_fwd(sources, queries[0], weight, None, eps, eps, scale, out[0], None, row_logits, rstd, lse[0], None)
+        return
+    queries, key_weights = aligned(queries), None if key_weights is None else aligned(key_weights)
     stream = current_stream(out.device)
     addresses = [source.data_ptr() for source in sources]
     strides = [source.stride(0) for source in sources]

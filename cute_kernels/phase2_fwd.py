@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from cute_kernels.config import Operands
+from cute_kernels.config import Operands, token_class
 from cute_kernels.mix_fwd import address, aligned, dtype_of, kernel_for, launch
 
 
@@ -42,6 +42,7 @@ def phase2_fwd(
         query.dtype,
         dtype_of(key_weight),
         dtype_of(output_weight),
+        tokens=token_class(out.shape[0]),
         merge=True,
         delta=delta is not None,
         logits=logit is not None,
@@ -58,5 +59,6 @@ def phase2_fwd(
         sum=address(new_partial),
         sum_stride=0 if new_partial is None else new_partial.stride(0),
     )
-    rows = [inter_out, partial]
-    launch(kernel, rows if delta is None else [*rows, delta], operands, out, eps, output_eps, scale)
+    rows = [inter_out, partial] if delta is None else [inter_out, partial, delta]
+    strides = [row.stride(0) for row in rows]
+    launch(kernel, [row.data_ptr() for row in rows], strides, operands, out, eps, output_eps, scale)

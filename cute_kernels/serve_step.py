@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from cute_kernels.config import Operands
+from cute_kernels.config import Operands, token_class
 from cute_kernels.mix_fwd import address, aligned, dtype_of, kernel_for, launch
 
 
@@ -35,10 +35,16 @@ def serve_step(
         query.dtype,
         dtype_of(key_weight),
         dtype_of(output_weight),
+        tokens=token_class(out.shape[0]),
         delta=delta is not None,
         write_block=block_write_idx >= 0,
     )
-    block = blocks[:, block_write_idx] if block_write_idx >= 0 else None
+    first_block, next_block = blocks.data_ptr(), blocks.stride(1) * blocks.element_size()
+    rows = [first_block + i * next_block for i in range(num_blocks)] + [prefix.data_ptr()]
+    strides = [blocks.stride(0)] * num_blocks + [prefix.stride(0)]
+    if delta is not None:
+        rows.append(delta.data_ptr())
+        strides.append(delta.stride(0))
     operands = Operands(
         query=query.data_ptr(),
         key_weight=address(key_weight),
@@ -46,8 +52,7 @@ def serve_step(
         out=out.data_ptr(),
         sum=address(prefix),
         sum_stride=prefix.stride(0),
-        block=address(block),
+        block=first_block + block_write_idx * next_block if block_write_idx >= 0 else 0,
         block_stride=blocks.stride(0),
     )
-    rows = [*blocks.unbind(1)[:num_blocks], prefix]
-    launch(kernel, rows if delta is None else [*rows, delta], operands, out, eps, output_eps, 1.0)
+    launch(kernel, rows, strides, operands, out, eps, output_eps, 1.0)

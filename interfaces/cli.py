@@ -1,6 +1,7 @@
 """The `attnres` command: `attnres report` and `attnres info`.
 
-Exit codes: 0 all is well, 1 an error budget is broken, 2 the arguments cannot be used.
+Exit codes: 0 all is well, 1 an error budget or a comparison is broken (with --gate also: what was asked for by name was
+refused or not run), 2 the arguments cannot be used.
 """
 
 from __future__ import annotations
@@ -47,9 +48,13 @@ def _parser() -> argparse.ArgumentParser:
         "report",
         help="judge every operation on every backend against the float64 oracle",
         description="Runs every operation x backend x dtype x shape x input, forward and gradients, against the "
-        "float64 oracle and its error budgets, compares the backends, and writes report.json and report.md. Without a "
-        "GPU Triton runs in its interpreter at small sizes and the CuTe kernels are compiled and inspected. Exit code "
-        "1: a budget is broken; 2: unusable arguments.",
+        "float64 oracle and its error budgets, compares the backends, and writes report.json, report.md and report.html. "
+        "Without a GPU Triton runs in its interpreter at small sizes and the CuTe kernels are compiled and inspected. Exit "
+        "code 1: a budget is broken, or CuTe is less accurate than Triton; 2: unusable arguments.",
+        epilog="FILE.safetensors holds finite tensors of bfloat16, float16, float32 or float64: sources [L, T, D], 1 to 64 "
+        "sources (the embedding and the sublayer outputs, or the finished blocks, of T tokens); optionally queries [S, D], "
+        "the trained pseudo-queries, and rms_weight [D], the key norm's weight; random ones where they are missing. The "
+        "report then tells, source by source, what bf16, fp16 and fp16 with a scale per row would lose of them.",
     )
     for name, known in (("backends", BACKENDS), ("dtypes", DTYPES), ("ops", OPS)):
         allowed = ", ".join(known)
@@ -58,11 +63,17 @@ def _parser() -> argparse.ArgumentParser:
         "--inputs",
         type=Path,
         metavar="FILE.safetensors",
-        help="run on these activations only: sources [L, T, D], optionally queries [S, D] and rms_weight [D] (without "
-        "a GPU their first 8 tokens)",
+        help="run on these activations only (see below; without a GPU on their first 8 tokens), and show which of them "
+        "16-bit storage puts at risk",
     )
-    out = "output folder (default: report)"
-    report.add_argument("--out", type=Path, default=Path("report"), metavar="DIR", help=out)
+    out = "output folder (default: report; with --gate nothing is written unless it is given)"
+    report.add_argument("--out", type=Path, metavar="DIR", help=out)
+    report.add_argument(
+        "--gate",
+        action="store_true",
+        help="for CI: print only what fails and one summary line, write no files; strict: a case that a backend named by "
+        "--backends refuses or does not run fails too (exit code 1)",
+    )
     report.add_argument("--verbose", action="store_true", help="show every row on the terminal, not only the worst")
     commands.add_parser("info", help="show backends, why one is unavailable, versions and device")
     return parser
@@ -86,17 +97,28 @@ def _report(arguments: argparse.Namespace) -> int:
     import torch
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from attnres import inputs, report, report_output
+    from attnres import inputs, precision, report, report_lines, report_output
     from attnres.backend import available_backends
 
     console = _console()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    out = arguments.out or (None if arguments.gate else Path("report"))
     try:
         capture = inputs.load_capture(arguments.inputs) if arguments.inputs else None
-        arguments.out.mkdir(parents=True, exist_ok=True)
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         raise UnusableError(str(error)) from error
 
+    def notice(text: str) -> None:
+        if not arguments.gate:
+            console.print(text, markup=False)
+
+    if capture is not None and "fp16" in dtypes and (beyond := precision.beyond_fp16(capture.sources)):
+        if arguments.dtypes:
+            raise UnusableError(f"--dtypes fp16: {beyond}")
+        notice(f"fp16 is left out: {beyond}")
+        dtypes.remove("fp16")
     reasons = available_backends()
     runnable = [name for name in backends if reasons[name] is None]
     compile_reason = None
@@ -105,18 +127,18 @@ def _report(arguments: argparse.Namespace) -> int:
         if not _can_compile_cute():
             if arguments.backends:
                 raise UnusableError(f"--backends cute: {reasons['cute']}")
-            console.print(f"cute is left out: {reasons['cute']}", markup=False)
+            notice(f"cute is left out: {reasons['cute']}")
             compile_reason = None
     for name in set(backends) - {"cute", *runnable}:
         if arguments.backends:
             raise UnusableError(f"--backends {name}: {reasons[name]}")
-        console.print(f"{name} is left out: {reasons[name]}", markup=False)
+        notice(f"{name} is left out: {reasons[name]}")
     if device.type == "cpu":
-        console.print("No GPU: small sizes; Triton runs in its interpreter, CuTe kernels are compiled for sm_90a only.")
+        notice("No GPU: small sizes; Triton runs in its interpreter, CuTe kernels are compiled for sm_90a only.")
 
     jobs = report.jobs(ops, dtypes, device, capture)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=console, transient=True, disable=arguments.gate) as bar:
         task = bar.add_task("running", total=len(jobs) if runnable else None)
 
         def progress(done: str) -> None:
@@ -125,10 +147,16 @@ def _report(arguments: argparse.Namespace) -> int:
             bar.update(task, advance=1, description=done[:60].ljust(60))
 
         found = report.run(jobs, runnable, device, capture, compile_reason, progress)
-    report_output.to_terminal(found, console, arguments.verbose)
-    for path in report_output.write(found, arguments.out):
-        console.print(f"wrote {path}", markup=False)
-    return 0 if found.ok else 1
+    if not arguments.gate:
+        report_output.to_terminal(found, console, arguments.verbose)
+    for path in report_output.write(found, out) if out is not None else []:
+        notice(f"wrote {path}")
+    if not arguments.gate:
+        return 0 if found.ok else 1
+    failures = report_lines.gate_failures(found, backends if arguments.backends else [])
+    for line in (*failures, f"{report_lines.counts(found)}: {len(failures)} failed"):
+        print(line)
+    return 1 if failures else 0
 
 
 def _console() -> Console:

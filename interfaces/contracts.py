@@ -7,6 +7,7 @@ Nothing is cast or copied to make an argument fit.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -109,7 +110,7 @@ def check_phase_2(
     _tensor("inter_lse", inter_lse)
     if inter_lse.dtype != torch.float32 or inter_lse.shape != partial_sum.shape[:-1]:
         raise ValueError(
-            f"inter_lse is {_describe(inter_lse)}; allowed is float32 {list(partial_sum.shape[:-1])}, as phase_1 returns it"
+            f"inter_lse is {describe(inter_lse)}; allowed is float32 {list(partial_sum.shape[:-1])}, as phase_1 returns it"
         )
     _same_device("inter_lse", inter_lse, partial_sum)
     _query("pseudo_query", pseudo_query, partial_sum)
@@ -124,6 +125,74 @@ def check_phase_2(
     _of_new_sum("storage", storage, delta)
     _of_new_sum("stochastic_seed", stochastic_seed, delta)
     _seed(stochastic_seed, partial_sum.dtype, SCALED_FP16 if isinstance(partial_sum, ScaledTensor) else storage)
+
+
+def check_network(
+    inputs: Tensor,
+    pseudo_queries: Tensor,
+    layers: Sequence[Any] | torch.nn.ModuleList,
+    block_size: int,
+    eps: float,
+    rms_weight: Tensor | None = None,
+    scale: float = 1.0,
+    *,
+    output_rms_weight: Tensor | None = None,
+) -> None:
+    """Checks block_attn_res's arguments; what the layers return is checked as it comes (check_update)."""
+    _storage("inputs", inputs)
+    if isinstance(layers, torch.nn.Module) and not isinstance(layers, torch.nn.ModuleList):
+        raise TypeError(f"layers is a {type(layers).__name__}; allowed are a sequence of layers and a ModuleList")
+    if not isinstance(layers, (Sequence, torch.nn.ModuleList)):
+        raise TypeError(f"layers is a {type(layers).__name__}; allowed are a sequence of layers and a ModuleList")
+    for index, layer in enumerate(layers):
+        if not callable(layer):
+            raise TypeError(f"layers[{index}] is a {type(layer).__name__}; allowed is a Module or a callable")
+    if isinstance(block_size, bool) or not isinstance(block_size, int):
+        raise TypeError(f"block_size is a {type(block_size).__name__}; allowed is an int")
+    if block_size < 1:
+        raise ValueError(f"block_size is {block_size}; allowed are 1 and more")
+    count = -(-len(layers) // block_size) + 1
+    if count > MAX_SOURCES:
+        raise ValueError(
+            f"block_size is {block_size}: {len(layers)} layers and the embedding make {count} block representations; allowed are "
+            f"at most {MAX_SOURCES}, block_size {-(-len(layers) // (MAX_SOURCES - 1))} and more"
+        )
+    size, sites = inputs.shape[-1], len(layers) + 1
+    _floating("pseudo_queries", pseudo_queries, inputs)
+    if tuple(pseudo_queries.shape) != (sites, size):
+        raise ValueError(
+            f"pseudo_queries has shape {_shape(pseudo_queries)}; allowed is [{sites}, {size}]: a row for each of the "
+            f"{len(layers)} layers and one for the output"
+        )
+    if rms_weight is not None:
+        _floating("rms_weight", rms_weight, inputs)
+        if tuple(rms_weight.shape) not in ((size,), (sites, size)):
+            raise ValueError(f"rms_weight has shape {_shape(rms_weight)}; allowed are [{size}] and [{sites}, {size}]")
+    if output_rms_weight is not None:
+        _floating("output_rms_weight", output_rms_weight, inputs)
+        if tuple(output_rms_weight.shape) != (sites, size):
+            raise ValueError(f"output_rms_weight has shape {_shape(output_rms_weight)}; allowed is [{sites}, {size}]")
+    _eps("eps", eps)
+    _number("scale", scale)
+
+
+def check_update(index: int, update: Any, hidden: Tensor) -> None:
+    """Checks what a layer made of its input."""
+    if not isinstance(update, Tensor):
+        raise TypeError(f"layers[{index}] returned a {type(update).__name__}; allowed is a tensor {_shape(hidden)}")
+    if update.shape != hidden.shape or not update.is_floating_point():
+        raise ValueError(f"layers[{index}] returned {describe(update)}; allowed is floating point {_shape(hidden)}")
+    _same_device(f"what layers[{index}] returned", update, hidden)
+
+
+def one_run(tensor: Tensor) -> bool:
+    """Whether the leading dimensions of [..., D] are one run of rows, each contiguous."""
+    if tensor.dim() and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        return False
+    leading = [
+        (extent, stride) for extent, stride in zip(tensor.shape[:-1], tensor.stride(), strict=False) if extent != 1
+    ]
+    return all(outer[1] == inner[0] * inner[1] for outer, inner in itertools.pairwise(leading))
 
 
 def check_step(
@@ -154,7 +223,7 @@ def check_step(
     tokens, size = prefix.shape
     if blocks.dim() != 3 or blocks.shape[0] != tokens or blocks.shape[2] != size or not _same_format(blocks, prefix):
         raise ValueError(
-            f"blocks is {_describe(blocks)}; allowed is {_storage_name(prefix)} [T, blocks, D] with T = {tokens} and D = {size}"
+            f"blocks is {describe(blocks)}; allowed is {_storage_name(prefix)} [T, blocks, D] with T = {tokens} and D = {size}"
         )
     for name, written, wanted in (("prefix", prefix, delta is not None), ("blocks", blocks, block_write_idx >= 0)):
         if wanted and written.shape[0] > 1 and 0 in [part.stride(0) for part in memory(written)]:
@@ -278,11 +347,18 @@ def step_spec(
 
 
 def byte_alignment(tensors: Sequence[Tensor]) -> int:
-    """The largest power of two, 16 at most, that divides every row's address of the tensors [T, D]."""
-    bits = 16
+    """The largest power of two, 16 at most, that divides every row's address of the tensors [T, D], of one dtype."""
+    bits, strides = 16, 0
     for tensor in tensors:
-        bits |= tensor.data_ptr() | tensor.stride(0) * tensor.element_size()
+        bits |= tensor.data_ptr()
+        strides |= tensor.stride(0)
+    bits |= strides * tensors[0].element_size()
     return bits & -bits
+
+
+def describe(value: Rows) -> str:
+    """Format and shape."""
+    return f"{_storage_name(value)} {_shape(value)}"
 
 
 def _sources(name: str, value: Any) -> tuple[list[Rows], Rows]:
@@ -354,7 +430,7 @@ def _goes_with(name: str, value: Any, column: str, reference_name: str, referenc
         return
     _storage(name, value)
     if value.shape != reference.shape:
-        raise ValueError(f"{name} is {_describe(value)}; allowed is {_shape(reference)}, as {reference_name}")
+        raise ValueError(f"{name} is {describe(value)}; allowed is {_shape(reference)}, as {reference_name}")
     _same_device(name, value, reference)
     dtypes.check(_storage_name(reference), column, name, _storage_name(value))
 
@@ -418,14 +494,14 @@ def _like(name: str, value: Any, reference_name: str, reference: Rows) -> None:
         return  # What was found of the reference holds for it: a third of the time of the checks below.
     _storage(name, value)
     if value.shape != reference.shape or not _same_format(value, reference):
-        raise ValueError(f"{name} is {_describe(value)}; allowed is {_describe(reference)}, as {reference_name}")
+        raise ValueError(f"{name} is {describe(value)}; allowed is {describe(reference)}, as {reference_name}")
     _same_device(name, value, reference)
 
 
 def _query(name: str, value: Any, reference: Rows) -> None:
     _floating(name, value, reference)
     size = reference.shape[-1]
-    if tuple(value.shape) not in ((size,), (size, 1)):
+    if value.shape != (size,) and value.shape != (size, 1):
         raise ValueError(f"{name} has shape {_shape(value)}; allowed are [{size}] and [{size}, 1]")
     if size > 1 and value.stride(0) != 1:
         raise ValueError(
@@ -437,7 +513,7 @@ def _parameter(name: str, value: Any, reference: Rows, required: bool = False) -
     if value is None and not required:
         return
     _floating(name, value, reference)
-    if tuple(value.shape) != (reference.shape[-1],):
+    if value.shape != reference.shape[-1:]:
         raise ValueError(f"{name} has shape {_shape(value)}; allowed is [{reference.shape[-1]}]")
 
 
@@ -465,7 +541,3 @@ def _name(dtype: torch.dtype) -> str:
 
 def _shape(value: Rows) -> list[int]:
     return list(value.shape)
-
-
-def _describe(value: Rows) -> str:
-    return f"{_storage_name(value)} {_shape(value)}"

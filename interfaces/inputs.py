@@ -1,15 +1,6 @@
 """Named inputs: the shapes, storage dtypes and kinds of values that the accuracy report and the tests run every
-operation on.
-
-Kinds of values:
-- normal: unit normals, logits of standard deviation 1.5.
-- outliers: every eighth token has four channels 200 times as large (massive activations).
-- depth: source i has RMS 0.15 * 2^(9 i / (L - 1)): residual streams grow with depth.
-- ties: all sources within 2^-6 of a common one, so that the logits nearly tie and query gradients cancel.
-- peaked: logits of standard deviation 24; one source takes nearly all the weight, the others' gradients are tiny.
-- captured: the real activations in data/ (or a file of the user's), D = 384, up to 13 sources.
-
-All values, gradients of them and their squares in a row stay inside fp16's range.
+operation on. `KINDS` describes the kinds of values: all of them, gradients of them and their squares in a row stay
+inside fp16's range.
 """
 
 from __future__ import annotations
@@ -26,9 +17,17 @@ import torch
 from torch import Tensor
 
 from attnres import oracle
+from attnres.backend import MAX_SOURCES
 
 OPS = ("mix", "phase1", "phase2", "step")
-KINDS = ("normal", "outliers", "depth", "ties", "peaked", "captured")
+KINDS: Mapping[str, str] = {
+    "normal": "unit normals, logits of standard deviation 1.5",
+    "outliers": "every eighth token has four channels 200 times as large (massive activations)",
+    "depth": "source i has RMS 0.15 * 2^(9 i / (L - 1)): residual streams grow with depth",
+    "ties": "all sources within 2^-6 of a common one: logits nearly tie, query gradients cancel",
+    "peaked": "logits of standard deviation 24: one source takes nearly all the weight, the others' gradients are tiny",
+    "captured": "real activations: the ones in data/ (D = 384, up to 13 sources), or a file of the user's",
+}
 EPS = 1e-6
 OUTPUT_EPS = 1e-5
 
@@ -118,6 +117,8 @@ _CPU: Plan = (
     (Shape(3, 37, 1, 1, key_weight=False, output_norm=False, delta=False), ("normal",), _ALL_DTYPES),
     (Shape(2, 130, 9, 2, output_norm=False, scale=0.5), ("normal", "outliers"), ("bf16", "fp32")),
     (Shape(4, 384, 13, 2), ("captured",), _ALL_DTYPES),
+    # error against depth, all else equal
+    *((Shape(2, 64, sources), ("normal",), ("bf16",)) for sources in (2, 4, 8, 16)),
 )
 CPU_PLAN: Mapping[str, Plan] = {
     "mix": (*_CPU, (Shape(5, 72, 4, checkpoint_level=0), ("normal",), _ALL_DTYPES)),
@@ -180,8 +181,12 @@ def captured_sources() -> Capture:
 
 
 def load_capture(path: str | Path) -> Capture:
-    """Activations from a safetensors file: sources [L, T, D], optionally queries [S, D] and rms_weight [D], all
-    floating."""
+    """Activations from a safetensors file of these tensors, each of bfloat16, float16, float32 or float64 and finite:
+
+    - sources [L, T, D], 1 to 64 sources: the embedding and the sublayer outputs (or finished blocks) of T tokens;
+    - queries [S, D], optional: trained pseudo-queries, else random ones;
+    - rms_weight [D], optional: the key norm's trained weight, else a random one.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -197,18 +202,29 @@ def load_capture(path: str | Path) -> Capture:
         raise ValueError(f"{path}: needs a tensor 'sources' [L, T, D]; it holds {found}")
     width = tensors["sources"].shape[-1] if tensors["sources"].dim() else 0
     wanted = {"sources": ("[L, T, D]", 3), "queries": (f"[S, {width}]", 2), "rms_weight": (f"[{width}]", 1)}
-    for name in tensors.keys() - wanted:
+    for name in sorted(tensors.keys() - wanted):
         raise ValueError(f"{path}: unknown tensor '{name}'; allowed are sources, queries and rms_weight")
     for name, value in tensors.items():
         form, dims = wanted[name]
         if value.dim() != dims or value.shape[-1] != width or not value.numel():
             raise ValueError(f"{path}: '{name}' has shape {list(value.shape)}, expected a non-empty {form}")
-        if not value.is_floating_point():
-            raise ValueError(f"{path}: '{name}' has dtype {value.dtype}, expected a floating-point one")
-        if not value.isfinite().all():
-            raise ValueError(f"{path}: '{name}' has NaN or infinite values")
+        if value.dtype not in _FILE_DTYPES:
+            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _FILE_DTYPES)
+            raise ValueError(f"{path}: '{name}' has dtype {value.dtype}, expected one of {allowed}")
+        bad = ~value.float().isfinite()
+        if bad.any():
+            first = bad.nonzero()[0].tolist()
+            raise ValueError(
+                f"{path}: '{name}' has NaN or infinite values (in float32): {int(bad.sum())} of {bad.numel()}, the "
+                f"first at {first}"
+            )
+    if len(tensors["sources"]) > MAX_SOURCES:
+        raise ValueError(f"{path}: 'sources' has {len(tensors['sources'])} sources, at most {MAX_SOURCES} are mixed")
     floats = {name: value.float() for name, value in tensors.items()}
     return Capture(path.stem, floats["sources"], floats.get("queries"), floats.get("rms_weight"))
+
+
+_FILE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def make_case(

@@ -123,7 +123,7 @@ def _allocate(
     return first.new_empty(shape, dtype=out_dtype), mixed, logits, rstd, lse, weights
 
 
-def _forward(
+def forward(
     sources: list[Tensor],
     query: Tensor,
     key_weight: Tensor | None,
@@ -251,12 +251,54 @@ def _backward(
     gradients = _allocate_gradients(
         d_out, sources, query, key_weight, output_weight, mixed, logits, rstd, lse, eps, scale, stacked, backend
     )
+    fill_gradients(
+        gradients,
+        d_out,
+        sources,
+        query,
+        key_weight,
+        output_weight,
+        mixed,
+        logits,
+        rstd,
+        lse,
+        eps,
+        scale,
+        stacked,
+        backend,
+        values,
+        scales,
+    )
+    return gradients
+
+
+def fill_gradients(
+    gradients: list[Tensor],
+    d_out: Tensor,
+    sources: list[Tensor],
+    query: Tensor,
+    key_weight: Tensor | None,
+    output_weight: Tensor | None,
+    mixed: Tensor | None,
+    logits: Tensor,
+    rstd: Tensor,
+    lse: Tensor,
+    eps: float,
+    scale: float,
+    stacked: bool,
+    backend: str,
+    values: list[Tensor] | None = None,
+    scales: list[Tensor] | None = None,
+) -> None:
+    """Fills d_sources, d_query, d_key_weight and d_output_weight; those of the parameters may have any of the dtypes."""
     *d_sources, d_query, d_key_weight, d_output_weight = gradients
     rows, d_rows = contracts.unstack(values or sources, stacked), contracts.unstack(d_sources, stacked)
     row_scales = contracts.unstack_scales(scales, stacked)
     tokens = rows[0].shape[0]
     if tokens == 0:
-        return [gradient.zero_() for gradient in gradients]
+        for gradient in gradients:
+            gradient.zero_()
+        return
     d_out = contracts.rows(d_out.contiguous())
     query, d_query = contracts.vector(query), contracts.vector(d_query)
     d_key = None if key_weight is None else d_key_weight
@@ -294,7 +336,6 @@ def _backward(
             "d_output_rms_weight": d_output,
         }
         checked_mode.verify("mix", name, arguments, results, {"out": d_out})
-    return gradients
 
 
 def _save(ctx: Any, arguments: tuple[Any, ...], outputs: Outputs) -> None:
@@ -337,7 +378,7 @@ _mix = Operator(
     "(Tensor d_out, Tensor[] sources, Tensor query, Tensor? key_weight, Tensor? output_weight, Tensor? mixed, Tensor logits, "
     "Tensor rstd, Tensor lse, float eps, float scale, bool stacked, str backend, Tensor[]? values, "
     "Tensor[]? scales) -> Tensor[]",
-    forward=_forward,
+    forward=forward,
     backward=_backward,
     allocate_forward=_allocate,
     allocate_backward=_allocate_gradients,

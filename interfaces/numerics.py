@@ -36,6 +36,8 @@ Storage in scaled fp16 has its own floor: that of the exact result with a scale 
 rounding has two neighbours in place of one nearest number: an element is in budget if it is a neighbour of a number
 within 4 float32 of the exact one, and the floor is what such rounding errs by on average (sqrt(2) of rounding to
 nearest).
+
+How the errors are spread over the rows is measured too (`Quantiles`) and plays no part in the verdict.
 """
 
 from __future__ import annotations
@@ -79,6 +81,20 @@ class Reference:
 
 
 @dataclass(frozen=True)
+class Quantiles:
+    """Over the rows of a tensor: the RMS error of a row in units of that row's RMS."""
+
+    p10: float = 0.0
+    p50: float = 0.0
+    p90: float = 0.0
+    p99: float = 0.0
+    max: float = 0.0
+
+
+_LEVELS = (0.1, 0.5, 0.9, 0.99, 1.0)
+
+
+@dataclass(frozen=True)
 class Measurement:
     """Errors of one tensor beside its rounding floor and budget."""
 
@@ -90,6 +106,8 @@ class Measurement:
     budget: float
     largest_budget: float
     worst_row: int  # index of the row with the largest error, over all leading dimensions flattened
+    row_errors: Quantiles = Quantiles()
+    row_floors: Quantiles = Quantiles()
 
     @property
     def ratio(self) -> float:
@@ -192,6 +210,8 @@ def judge(
         budget=max(base, FLOAT32_FACTOR * float32),
         largest_budget=LARGEST_FLOOR_FACTOR * largest_floor + FLOAT32_FACTOR * float32_largest + extra,
         worst_row=worst_row,
+        row_errors=norms.over_rows(measured - exact),
+        row_floors=norms.over_rows(rounded - exact),
     )
 
 
@@ -282,6 +302,25 @@ class _Norms:
         largest = float(size.flatten()[position])
         whole = float(error.norm()) / self.whole if math.isfinite(largest) else math.inf
         return whole, largest, position // (size.shape[-1] if size.dim() else 1)
+
+    def over_rows(self, error: Tensor) -> Quantiles:
+        """How the errors of the rows are spread; each quantile is the error of the row nearest to it."""
+        squares = error.square().mean(-1, keepdim=True) if error.dim() else error.square()
+        found = (squares.sqrt() / self.rows).nan_to_num(nan=math.inf).flatten().sort().values
+        places = [round(level * (found.numel() - 1)) for level in _LEVELS]
+        return Quantiles(*found[places].tolist())
+
+
+def differing_elements(actual: Tensor | ScaledTensor, expected: Tensor | ScaledTensor) -> int:
+    """How many elements of two tensors of one format differ in their bits; NaN equals the same NaN."""
+    if isinstance(actual, ScaledTensor) and isinstance(expected, ScaledTensor):
+        return sum(
+            differing_elements(*pair) for pair in ((actual.values, expected.values), (actual.scale, expected.scale))
+        )
+    assert isinstance(actual, Tensor)
+    assert isinstance(expected, Tensor)
+    bits = torch.int32 if expected.dtype == torch.float32 else torch.int16
+    return int((actual.contiguous().view(bits) != expected.contiguous().view(bits)).sum())
 
 
 def _severity(measurement: Measurement) -> float:

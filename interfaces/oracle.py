@@ -1,6 +1,6 @@
 """The float64 oracle: every operation's formula in plain torch, apart from all backend code.
 
-`mix`, `phase1`, `phase2` and `step` take the public arguments in any dtype, convert them to `dtype` (float64 unless
+`mix`, `phase1`, `phase2`, `step` and `network` take the public arguments in any dtype, convert them to `dtype` (float64 unless
 told) and return unrounded results of that dtype. The only rounding inside is the one that belongs to an operation's
 meaning: the sum partial + delta (prefix + delta) is rounded to the storage dtype before it is used, straight through
 for the gradient, so d_delta = d_partial. `gradients` differentiates any of them by autograd.
@@ -144,6 +144,37 @@ def step(
     return Step(out, updated, written)
 
 
+def network(
+    inputs: Tensor,
+    pseudo_queries: Tensor,
+    layers: Sequence[Callable[[Tensor], Tensor]],
+    block_size: int,
+    eps: float = 1e-6,
+    rms_weight: Tensor | None = None,
+    scale: float = 1.0,
+    *,
+    output_rms_weight: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """The whole network as the paper writes it: one softmax at each site over the finished blocks and the partial sum.
+
+    `layers` take and return tensors of `dtype`; nothing is rounded on the way. Differentiable by autograd.
+    """
+    blocks, partial = [inputs.to(dtype)], None
+
+    def site(index: int) -> Tensor:
+        output = None if output_rms_weight is None else output_rms_weight[index]
+        sources = blocks if partial is None else [*blocks, partial]
+        return mix(pseudo_queries[index], sources, _site_weight(rms_weight, index), output, eps, scale, dtype=dtype).out
+
+    for index, layer in enumerate(layers):
+        if index % block_size == 0 and partial is not None:
+            blocks, partial = [*blocks, partial], None
+        update = layer(site(index))
+        partial = update if partial is None else partial + update
+    return site(-1)
+
+
 def gradients(
     function: Callable[..., Any],
     inputs: Sequence[Tensor],
@@ -166,7 +197,7 @@ def gradients(
 
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {"mix": mix, "phase1": phase1, "phase2": phase2}
-_KINDS: dict[str, Kind] = {"weights": "statistic", "lse": "statistic"}
+STATISTICS = ("weights", "lse")  # float32 whatever the storage
 _SOURCES = ("residuals", "block_representations")
 _PER_TOKEN = (*_SOURCES, "partial_sum", "delta", "inter_out", "out", "new_partial")  # token axis -2
 _PER_TOKEN_STATISTICS = ("inter_lse", "lse", "weights")  # token axis -1
@@ -212,7 +243,7 @@ def reference(
     references = {}
     for name, found in collected.items():
         joined = {which: _join(name, values, noise=which == "noise") for which, values in found.items()}
-        kind: Kind = "gradient" if name.startswith("d_") else _KINDS.get(name, "output")
+        kind: Kind = "gradient" if name.startswith("d_") else "statistic" if name in STATISTICS else "output"
         plain32 = (joined["autograd32"], joined["closed32"])
         references[name] = Reference(joined["exact"], kind, plain32, joined["noise"], name[2:] in _SOURCES)
     return references

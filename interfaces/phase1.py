@@ -152,16 +152,35 @@ def _forward(
         scaled_out=scaled_out,
         out_dtype=out_dtype,
     )
+    fill_outputs(outputs, sources, queries, key_weights, eps, scale, stacked, backend, origin, values, scales, seed)
+    return outputs
+
+
+def fill_outputs(
+    outputs: Outputs,
+    sources: list[Tensor],
+    queries: Tensor,
+    key_weights: Tensor | None,
+    eps: float,
+    scale: float,
+    stacked: bool,
+    backend: str,
+    origin: str,
+    values: list[Tensor] | None = None,
+    scales: list[Tensor] | None = None,
+    seed: int | None = None,
+) -> None:
+    """Fills out (or its values and scale), lse and, where they are wanted, logits and rstd."""
     out, lse, logits, rstd, out_values, out_scale = outputs
     rows, row_scales = contracts.unstack(values or sources, stacked), contracts.unstack_scales(scales, stacked)
     sites, (tokens, size) = queries.shape[0], rows[0].shape
     out, lse = (out if out_values is None else out_values).view(sites, tokens, size), lse.view(sites, tokens)
     out_scale = None if out_scale is None else out_scale.view(sites, tokens)
-    scaled = scales is not None or scaled_out
+    scaled = scales is not None or out_scale is not None
     asked = contracts.spec("phase1_fwd", rows, len(rows), sites, stored=(out.dtype,), scaled=scaled, seed=seed)
     name = backends.choose(asked, (backend, origin))
     if tokens == 0:
-        return outputs
+        return
     backends.launch(
         "phase1_fwd",
         name,
@@ -181,10 +200,9 @@ def _forward(
     )
     if checked_mode.is_on():
         arguments = _oracle_arguments(rows, row_scales, queries, key_weights, eps, scale)
-        stored = out if out_scale is None else ScaledTensor(out, out_scale)
+        stored = contracts.scaled_or_plain(out, out_scale)
         stochastic = () if seed is None else ("out",)
         checked_mode.verify("phase1", name, arguments, {"out": stored, "lse": lse}, stochastic=stochastic)
-    return outputs
 
 
 def _per_site(key_weights: Tensor | None, queries: Tensor) -> Tensor | None:
@@ -251,13 +269,47 @@ def _backward(
     gradients = _allocate_gradients(
         d_out, d_lse, sources, queries, key_weights, lse, logits, rstd, eps, scale, stacked, backend
     )
+    given = d_out, d_lse, sources, queries, key_weights, lse, logits, rstd, eps, scale, stacked, backend
+    fill_gradients(gradients, False, *given, values, scales, seed)
+    return gradients
+
+
+def fill_gradients(
+    gradients: list[Tensor],
+    accumulate: bool,
+    d_out: Tensor,
+    d_lse: Tensor | None,
+    sources: list[Tensor],
+    queries: Tensor,
+    key_weights: Tensor | None,
+    lse: Tensor,
+    logits: Tensor,
+    rstd: Tensor,
+    eps: float,
+    scale: float,
+    stacked: bool,
+    backend: str,
+    values: list[Tensor] | None = None,
+    scales: list[Tensor] | None = None,
+    seed: int | None = None,
+) -> None:
+    """Fills d_sources (with `accumulate` adds to them), d_queries and d_key_weights, which may have any of the dtypes."""
     *d_sources, d_queries, d_key_weights = gradients
+    if accumulate and checked_mode.is_on():  # the oracle judges what this call alone contributes
+        shares = [torch.empty_like(d_source) for d_source in d_sources]
+        given = d_out, d_lse, sources, queries, key_weights, lse, logits, rstd, eps, scale, stacked, backend
+        fill_gradients([*shares, d_queries, d_key_weights], False, *given, values, scales, seed)
+        for d_source, share in zip(d_sources, shares, strict=True):
+            d_source.add_(share)
+        return
     rows, d_rows = contracts.unstack(values or sources, stacked), contracts.unstack(d_sources, stacked)
     row_scales = contracts.unstack_scales(scales, stacked)
     seed = None if d_rows[0].dtype == torch.float32 else seed
     sites, tokens = queries.shape[0], rows[0].shape[0]
     if tokens == 0:
-        return [gradient.zero_() for gradient in gradients]
+        for gradient in (d_queries, d_key_weights) if accumulate else gradients:
+            gradient.zero_()
+        return
     d_out = d_out.contiguous().view(sites, tokens, -1)
     d_lse = None if d_lse is None else d_lse.contiguous().view(sites, tokens)
     d_weights = None
@@ -281,7 +333,7 @@ def _backward(
         logits,
         rstd,
         d_rows,
-        False,
+        accumulate,
         d_queries,
         d_weights,
         source_scales=row_scales,
@@ -298,7 +350,6 @@ def _backward(
         }
         stochastic = () if seed is None else ("d_block_representations",)
         checked_mode.verify("phase1", name, arguments, results, {"out": d_out, "lse": d_lse}, stochastic)
-    return gradients
 
 
 def _save(ctx: Any, arguments: tuple[Any, ...], outputs: Outputs) -> None:

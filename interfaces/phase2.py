@@ -154,7 +154,7 @@ def _allocate(
     )
 
 
-def _forward(
+def forward(
     partial: Tensor,
     delta: Tensor | None,
     query: Tensor,
@@ -335,13 +335,61 @@ def _backward(
         scale,
         backend,
     )
+    fill_gradients(
+        gradients,
+        d_out,
+        d_new_partial,
+        partial,
+        query,
+        key_weight,
+        inter_out,
+        inter_lse,
+        output_weight,
+        logit,
+        rstd,
+        eps,
+        output_eps,
+        scale,
+        backend,
+        partial_values,
+        partial_scale,
+        inter_values,
+        inter_scale,
+    )
+    return gradients
+
+
+def fill_gradients(
+    gradients: list[Tensor],
+    d_out: Tensor,
+    d_new_partial: Tensor | None,
+    partial: Tensor,
+    query: Tensor,
+    key_weight: Tensor | None,
+    inter_out: Tensor,
+    inter_lse: Tensor,
+    output_weight: Tensor | None,
+    logit: Tensor,
+    rstd: Tensor,
+    eps: float,
+    output_eps: float,
+    scale: float,
+    backend: str,
+    partial_values: Tensor | None = None,
+    partial_scale: Tensor | None = None,
+    inter_values: Tensor | None = None,
+    inter_scale: Tensor | None = None,
+) -> None:
+    """Fills d_partial, d_inter_out, d_inter_lse and the parameters' gradients, which may have any of the dtypes."""
     d_partial, d_inter_out, d_inter_lse, d_query, d_key_weight, d_output_weight = gradients
     partial = contracts.rows(partial if partial_values is None else partial_values)
     inter_out = contracts.rows(inter_out if inter_values is None else inter_values)
     scales = [None if value is None else contracts.vector(value) for value in (partial_scale, inter_scale)]
     tokens = partial.shape[0]
     if tokens == 0:
-        return [gradient.zero_() for gradient in gradients]
+        for gradient in gradients:
+            gradient.zero_()
+        return
     d_out = contracts.rows(d_out.contiguous())
     d_new_partial = None if d_new_partial is None else contracts.rows(d_new_partial.contiguous())
     d_partial, d_inter_out = contracts.rows(d_partial), contracts.rows(d_inter_out)
@@ -349,7 +397,7 @@ def _backward(
     lse, d_lse = contracts.vector(inter_lse.contiguous()), contracts.vector(d_inter_lse)
     d_key = None if key_weight is None else d_key_weight
     d_output = None if output_weight is None else d_output_weight
-    storage = [d_out, partial, inter_out, d_partial, d_inter_out]
+    storage = [d_out, partial, inter_out, d_partial, d_inter_out] + ([] if d_new_partial is None else [d_new_partial])
     scaled = any(value is not None for value in scales)
     name = backends.choose_backward(contracts.spec("phase2_bwd", storage, scaled=scaled), backend)
     backends.launch(
@@ -392,7 +440,6 @@ def _backward(
         }
         grads = {"out": d_out, "new_partial": d_new_partial}
         checked_mode.verify("phase2", name, {**arguments, "delta": torch.zeros_like(d_partial)}, results, grads)
-    return gradients
 
 
 def _save(ctx: Any, arguments: tuple[Any, ...], outputs: Outputs) -> None:
@@ -447,7 +494,7 @@ _phase_2 = Operator(
     "(Tensor d_out, Tensor? d_new_partial, Tensor partial, Tensor query, Tensor? key_weight, Tensor inter_out, Tensor inter_lse, "
     "Tensor? output_weight, Tensor logit, Tensor rstd, float eps, float output_eps, float scale, str backend, "
     "Tensor? partial_values, Tensor? partial_scale, Tensor? inter_values, Tensor? inter_scale) -> Tensor[]",
-    forward=_forward,
+    forward=forward,
     backward=_backward,
     allocate_forward=_allocate,
     allocate_backward=_allocate_gradients,

@@ -5,7 +5,7 @@ floor.
 gradient by numerics.py; then it compares the backends with each other on the same inputs. A backend that refuses a
 case gets a row with its reason, which is no error unless no backend of the run takes the case. Where CuTe cannot run,
 every one of its kernels is compiled for sm_90a instead and its registers, spills and shared memory are reported; a
-spill is a broken row.
+spill is a broken row. Where captured activations are run, precision.py tells what 16-bit storage would lose of them.
 
 Not worse than Triton means: CuTe's error is at most 1 % above the larger of Triton's error and the floor, plus the
 error of plain float32 evaluation. Two kernels that are equally good differ by that much: a 16-bit result rounds
@@ -32,10 +32,11 @@ import torch
 from torch import Tensor
 
 import attnres
-from attnres import inputs, numerics, oracle
+from attnres import inputs, numerics, oracle, precision
 from attnres.backend import BackendError
 from attnres.inputs import Capture, Case, Shape
-from attnres.numerics import Measurement, Reference
+from attnres.numerics import Measurement, Quantiles, Reference
+from attnres.precision import SourceRisk
 
 BACKENDS = ("torch", "triton", "cute")
 NOT_WORSE_FACTOR = 1.01
@@ -67,6 +68,9 @@ class Row:
     largest_floor: float | None = None
     largest_budget: float | None = None
     used: float | None = None  # share of the tighter of the two budgets
+    row_errors: Quantiles | None = None
+    row_floors: Quantiles | None = None
+    sources: int = 0  # mixed by the call
     note: str = ""
 
 
@@ -106,6 +110,7 @@ class Report:
     rows: list[Row] = field(default_factory=list)
     pairs: list[Pair] = field(default_factory=list)
     kernels: list[Kernel] = field(default_factory=list)
+    precision_at_risk: list[SourceRisk] = field(default_factory=list)
 
     @property
     def broken(self) -> list[Row | Pair | Kernel]:
@@ -157,6 +162,11 @@ def run(
     """Runs the jobs on the backends (all of them able to run); compiles the CuTe kernels where compile_reason says
     why."""
     report = Report(describe(device))
+    if any(job.kind == "captured" for job in chosen):
+        captured = capture or inputs.captured_sources()
+        layers, tokens, width = captured.sources.shape
+        report.metadata["activations"] = f"{captured.name}: {layers} sources, {tokens} tokens, D {width}"
+        report.precision_at_risk = precision.at_risk(captured.sources)
     if backends:
         for job in chosen:
             case = inputs.make_case(*job, device=device, capture=capture)
@@ -283,7 +293,8 @@ def _named(values: Tensor | tuple[Tensor, ...], *names: str) -> dict[str, Tensor
 
 
 def _row(case: Case, direction: str, tensor: str, backend: str, verdict: str, **numbers: Any) -> Row:
-    return Row(case.op, direction, tensor, backend, case.dtype, case.shape_name, case.kind, verdict, **numbers)
+    where = (case.op, direction, tensor, backend, case.dtype, case.shape_name, case.kind)
+    return Row(*where, verdict, sources=case.shape.sources, **numbers)
 
 
 def _measured_row(case: Case, name: str, backend: str, found: Measurement) -> Row:
@@ -302,6 +313,8 @@ def _measured_row(case: Case, name: str, backend: str, found: Measurement) -> Ro
         largest_floor=found.largest_floor,
         largest_budget=found.largest_budget,
         used=found.severity,
+        row_errors=found.row_errors,
+        row_floors=found.row_floors,
     )
 
 
@@ -311,15 +324,11 @@ def _in_place_rows(case: Case, backend: str, found: Results) -> list[Row]:
     for name, want in (("prefix", expected.prefix), ("blocks", expected.blocks)):
         got = found[name]
         assert isinstance(got, Tensor)
-        same = torch.equal(_bits(got), _bits(want))
-        note = "in place, to the bit" if same else f"{int((_bits(got) != _bits(want)).sum())} elements differ"
-        used = 0.0 if same else math.inf
-        rows.append(_row(case, "forward", name, backend, "ok" if same else "broken", used=used, note=note))
+        differing = numerics.differing_elements(got, want)
+        note = f"{differing} elements differ" if differing else "in place, to the bit"
+        used = math.inf if differing else 0.0
+        rows.append(_row(case, "forward", name, backend, "broken" if differing else "ok", used=used, note=note))
     return rows
-
-
-def _bits(value: Tensor) -> Tensor:
-    return value.view(torch.int32 if value.dtype == torch.float32 else torch.int16)
 
 
 def _pair(

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 import attnres
-from bench import host, ops, plots, providers, readme, results, run, timing
+from bench import host, network, ops, plots, providers, readme, results, run, timing
 from bench.ops import CASES, Case
 from bench.providers import PROVIDERS, Provider
 
@@ -32,6 +32,7 @@ ELEMENTS = {
     "phase 2 forward T16384 D2048": 3,
     "phase 2 forward, delta and norm T16384 D7168": 5,
     "phase 2 backward T16384 D2048": 5,
+    "phase 2 backward, delta and norm T16384 D4096": 6,
     "serving step T8192 D7168 L9": 12,
     "decode step T1 D7168 L9": 12,
 }
@@ -68,6 +69,7 @@ SMALL = [
         "phase 1 backward T8192 D4096 N8 S16",
         "phase 2 forward, delta and norm T16384 D2048",
         "phase 2 backward T16384 D2048",
+        "phase 2 backward, delta and norm T16384 D2048",
         "serving step T8192 D7168 L9",
     )
 ]
@@ -348,3 +350,69 @@ def test_a_run_keeps_going_past_what_fails(tmp_path: Path, monkeypatch: pytest.M
 def test_host_cases_are_forward() -> None:
     assert all(not case.backward for case in host.SMALL_CASES.values())
     assert set(host.HOST_PROVIDERS + host.FIRST_CALL_PROVIDERS) <= set(PROVIDERS)
+
+
+# --- whole networks ---
+
+
+def test_network_schedule_bytes() -> None:
+    """Blocks of 2: direct mixes 2 + 3 and the last sum 3, then two phases 2 + 2 + 3 and 3, then the output's mix 4."""
+    rows = 10 * 8 * 2
+    forward = network.NetworkCase("forward", 10, 8, 4, 2)
+    assert forward.least_bytes == (8 + 10 + 4) * rows
+    backward = replace(forward, group="forward and backward")
+    first, second = 2 * 6 + 3 + 6 + 2 + 3 + 2, 7 + 3 + 6 + 2 + 6 + 2
+    assert backward.least_bytes == (first + second + 4 + 7) * rows
+    serving = network.NetworkCase("serving block", 10, 8, 24, 24, num_blocks=8)
+    assert serving.least_bytes == (8 + 24 + 3 + 22 * 5) * rows
+
+
+@pytest.mark.parametrize("kind", ["identity", "swiglu"])
+def test_networks_are_checked(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(network.NETWORKS, "ours-torch", lambda case: network.ours("torch", case))
+    monkeypatch.setitem(
+        network.NETWORKS,
+        "plain",
+        lambda case: network.site_by_site(lambda v, q: attnres.attn_res(q, v, rms_eps=network.EPS), case),
+    )
+    for case in network._networks(100, 24, 5, 2, kind=kind):
+        made = network.make(case, "cpu")
+        for provider in ("ours-torch", "plain"):
+            found = network.check(case, made, network.bind(case, provider, made)())
+            assert 0 < found["out error"] < 0.02
+            assert not case.backward or 0 < found["d_inputs error"] < 0.03
+
+
+def test_serving_blocks_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = network.NetworkCase("serving block", 70, 24, 6, 6, num_blocks=3)
+    made = network.make(case, "cpu")
+    for binding in (network.two_phases, network.direct_sites):
+        monkeypatch.setitem(
+            network.SERVING, "ours-torch", lambda case, made, binding=binding: binding("torch", case, made)
+        )
+        found = network.check(case, made, network.bind(case, "ours-torch", made)())
+        assert 0 < found["out error"] < 0.006
+    made.deltas[2].add_(1)
+    assert network.check(case, made, {"out": torch.zeros(70, 24, dtype=torch.bfloat16)})["out error"] > 0.5
+
+
+def test_network_table_has_what_failed_and_what_was_timed() -> None:
+    timed = {"us": 2000.0, "p20": 1900.0, "p80": 2100.0, "peak_gib": 1.5, "out error": 2e-3, "out floor": 1e-3}
+    case = {
+        "name": "network forward T1",
+        "least_bytes": 10,
+        "copy": {"us": 1.0},
+        "results": {"ours-cute": timed, "liger": {"status": "failed: no"}},
+    }
+    text = network.to_markdown({"cases": [case]})
+    assert "| ours-cute | 2.00 | 1.90 to 2.10 |" in text
+    assert "1.50 | out 2.00e-03 / 1.00e-03 |" in text
+    assert "| liger | failed: no |" in text
+
+
+def test_network_suite_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    if not torch.cuda.is_available():
+        assert network.main([]) == 2
+        assert "need a CUDA device" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="unknown provider nobody"):
+        network.main(["--providers", "nobody"])

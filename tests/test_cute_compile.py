@@ -9,7 +9,21 @@ import pytest
 import torch
 
 from cute_kernels import config
-from cute_kernels.config import MAX_HIDDEN_SIZE, MAX_SOURCES, SHARED_BYTES, RowConfig, refusal, row_config, row_tile
+from cute_kernels.config import (
+    CLUSTERS,
+    MANY_TOKENS,
+    MAX_HIDDEN_SIZE,
+    MAX_SOURCES,
+    SHARED_BYTES,
+    RegisterTile,
+    RowConfig,
+    refusal,
+    ring_tile,
+    row_config,
+    row_tile,
+    token_class,
+)
+from cute_kernels.inspect import Inspection
 
 pytest.importorskip("cutlass")
 LANES = 32
@@ -24,7 +38,7 @@ ACCEPTED = {
 }
 
 
-@pytest.mark.parametrize("op", ["mix_fwd", "serve_step", "phase2_fwd"])
+@pytest.mark.parametrize("op", ["mix_fwd", "serve_step", "phase2_fwd", "phase2_bwd"])
 @pytest.mark.parametrize("hidden_size", [8, 2048, 8192])
 def test_accepts(op: str, hidden_size: int) -> None:
     assert refusal(**ACCEPTED | {"op": op, "hidden_size": hidden_size}) is None
@@ -53,7 +67,7 @@ def test_step_takes_a_prefix_besides_the_blocks() -> None:
 
 
 def check_tile(hidden_size: int, num_sources: int, **flags: bool) -> None:
-    tile = row_tile(hidden_size, num_sources, **flags)
+    tile = ring_tile(hidden_size, num_sources, **flags)
     shape = (hidden_size, num_sources, flags, tile)
     rows = num_sources + flags.get("merge", False) + flags.get("delta", False)
     weight = tile.pitch(hidden_size) * 4 * flags.get("output_norm", False)
@@ -90,6 +104,34 @@ def test_every_tile_fits_with_norm_delta_and_merge() -> None:
             check_tile(hidden_size, num_sources, delta=True, output_norm=True)
         check_tile(hidden_size, 1, merge=True)
         check_tile(hidden_size, 1, merge=True, delta=True, output_norm=True)
+
+
+def test_every_register_tile_fits() -> None:
+    for tokens in (*CLUSTERS, MANY_TOKENS):
+        for hidden_size in range(8, MAX_HIDDEN_SIZE + 1, 56):
+            for num_sources in range(1, MAX_SOURCES + 2):
+                tile = row_tile(hidden_size, num_sources, tokens, delta=True, output_norm=True)
+                if not isinstance(tile, RegisterTile):
+                    continue
+                shape = (hidden_size, num_sources, tokens, tile)
+                vectors = tile.vectors(hidden_size)
+                assert vectors * tile.warps * tile.cluster * LANES * 8 >= hidden_size, shape
+                assert tile.warps <= 16, shape
+                assert tile.cluster <= 8, shape
+                assert vectors * (4 * (num_sources + 1) + 8) + 2 * num_sources < tile.registers, shape
+
+
+def test_few_tokens_are_spread_over_a_cluster() -> None:
+    clusters = []
+    for tokens in (1, 16, 17, 66, 67, 132):
+        tile = row_tile(7168, 9, token_class(tokens), delta=True, output_norm=True)
+        assert isinstance(tile, RegisterTile)
+        clusters.append(tile.cluster)
+    assert clusters == [7, 7, 2, 2, 1, 1]  # 7 * 4 warps of 32 lanes of 8 elements are 7168
+    assert row_tile(7168, 9, token_class(133)) == ring_tile(7168, 9)
+    assert row_tile(4096, 9, 1) == RegisterTile(2, 8)
+    assert row_tile(2304, 9, 1) == RegisterTile(2, 5)
+    assert row_tile(8, 1, 1) == RegisterTile(1, 1)  # no CTA without a column
 
 
 @pytest.fixture
@@ -151,7 +193,8 @@ def representative() -> list:
 
 def name(case: tuple) -> str:
     op, _, c = case
-    flags = [flag for flag in ("delta", "write_block", "mixed", "logits", "weights") if getattr(c, flag)]
+    cluster = [f"cluster{c.tile.cluster}"] if isinstance(c.tile, RegisterTile) else ["ring"]
+    flags = cluster + [flag for flag in ("delta", "write_block", "mixed", "logits", "weights") if getattr(c, flag)]
     norm = ["norm"] if c.output_weight else []
     return "-".join([op, c.dtype, f"D{c.hidden_size}", f"L{c.num_sources}", *norm, *flags])
 
@@ -167,15 +210,49 @@ def test_machine_code(case: tuple) -> None:
     assert found.registers <= 255
     assert c.shared_bytes <= SHARED_BYTES
     assert "sm_90a" in found.sass
-    # Bulk copies (a loop over slots), mbarriers, and rows moved 16 bytes at a time in both directions.
+    vectors = c.tile.vectors(c.hidden_size)
+    # Rows move 16 bytes at a time in both directions.
+    stored = 1 + 2 * c.mixed + c.delta + c.write_block
+    assert len(re.findall(r"STG\.E\.128", found.sass)) == vectors * stored
+    assert not re.search(r"(STG|LDG)\.E\.(U16|U8|S16|64)|LDS\.(U16|64)", found.sass)
+    assert {"ACQBULK", "PREEXIT"} < set(found.instructions)  # programmatic dependent launch
+    if isinstance(c.tile, RegisterTile):
+        check_register_code(c, found, vectors)
+    else:
+        check_ring_code(c, found, vectors)
+
+
+def check_ring_code(c: RowConfig, found: Inspection, vectors: int) -> None:
+    """Bulk copies (a loop over slots) and mbarriers."""
     assert found.instructions["UBLKCP"] == c.tile.rows
     assert found.instructions["SYNCS"] > 0
     assert ("USETMAXREG" in found.instructions) == (c.tile.consumer_registers > 0)
-    vectors = c.tile.vectors(c.hidden_size)
-    stored = 1 + 2 * c.mixed + c.delta + c.write_block
-    assert len(re.findall(r"STG\.E\.128", found.sass)) == vectors * stored
     assert len(re.findall(r"LDS\.128", found.sass)) >= vectors * c.rows_per_token
-    assert not re.search(r"(STG|LDG)\.E\.(U16|U8|S16|64)|LDS\.(U16|64)", found.sass)
+
+
+def check_register_code(c: RowConfig, found: Inspection, vectors: int) -> None:
+    """No ring; the rows' loads stand together; a cluster exchanges sums by asynchronous stores."""
+    sizes = {"bf16": 1, "fp16": 1, "fp32": 2, None: 0}
+    loads = c.rows_per_token + sum(sizes[kind] for kind in (c.query, c.key_weight, c.output_weight))
+    assert len(re.findall(r"LDG\.E\.128", found.sass)) == vectors * loads
+    assert "CONSTANT" not in found.sass  # a row may be one that the kernel writes
+    assert not {"UBLKCP", "USETMAXREG"} & set(found.instructions)
+    exchanges = 1 + (c.output_weight is not None)
+    sent = -(-c.num_sources // 16) + (c.output_weight is not None)
+    assert found.instructions["STAS"] == (sent * c.tile.cluster if c.tile.cluster > 1 else 0)
+    assert len(re.findall(r"TRYWAIT", found.sass)) == (exchanges if c.tile.cluster > 1 else 0)
+
+
+@pytest.mark.parametrize("c", [c for op, _, c in config.representative_configs() if op == "query_grad"], ids=str)
+def test_query_grad_machine_code(c: config.QueryGradConfig) -> None:
+    from cute_kernels.inspect import inspect_kernel
+    from cute_kernels.query_grad import build
+
+    found = inspect_kernel("query_grad", build, c)
+    assert found.spill_bytes == 0
+    # 16 bytes at a time; those of 160 partials, one for each SM of an H200 and more, before the first addition.
+    loads, first_sum = [m.start() for m in re.finditer(r"LDG\.E\.128", found.sass)], found.sass.index("FADD")
+    assert sum(at < first_sum for at in loads) >= 5
 
 
 def test_limit_of_the_register_model() -> None:
@@ -198,9 +275,26 @@ def test_limit_of_the_register_model() -> None:
             rstd=True,
             lse=True,
         )
-        c = dataclasses.replace(c, weights=True)
+        c = dataclasses.replace(c, weights=True, tile=ring_tile(hidden_size, sources, output_norm=True))
         assert c.tile.chunk == sources
         assert inspect_kernel("mix_fwd", build, c).spill_bytes == 0, c
+
+
+@pytest.mark.parametrize(("tokens", "sources"), [(16, 33), (66, 21), (132, 9)])
+def test_limit_of_the_register_kernel(tokens: int, sources: int) -> None:
+    """The most sources of the widest row that it takes in each class of tokens, with fp32 parameters."""
+    from cute_kernels.inspect import inspect_kernel
+    from cute_kernels.mix_fwd import build
+
+    dtypes = (torch.bfloat16, MAX_HIDDEN_SIZE, sources, torch.float32, torch.float32, torch.float32)
+    c = row_config("serve_step", *dtypes, tokens=tokens, delta=True, write_block=True)
+    assert isinstance(c.tile, RegisterTile)
+    more = row_tile(MAX_HIDDEN_SIZE, sources + 1, tokens, delta=True, output_norm=True)
+    assert sources == MAX_SOURCES + 1 or not isinstance(more, RegisterTile)
+    assert inspect_kernel("serve_step", build, c).spill_bytes == 0, c
+    saved = {"mixed": True, "logits": True, "rstd": True, "lse": True, "weights": True}
+    c = row_config("mix_fwd", *dtypes, tokens=tokens, **saved)
+    assert inspect_kernel("mix_fwd", build, c).spill_bytes == 0, c
 
 
 def test_launchers_import_without_the_dsl() -> None:
@@ -208,7 +302,8 @@ def test_launchers_import_without_the_dsl() -> None:
     import sys
 
     code = (
-        "import sys, cute_kernels.mix_fwd, cute_kernels.serve_step, cute_kernels.phase2_fwd;"
+        "import sys, cute_kernels.mix_fwd, cute_kernels.serve_step, cute_kernels.phase2_fwd, cute_kernels.query_grad;"
+        "import cute_kernels.phase2_bwd;"
         "assert not any(m.startswith('cutlass') for m in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

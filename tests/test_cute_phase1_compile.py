@@ -1,4 +1,4 @@
-"""The phase 1 kernel's machine code, and its choice of tiles, on a machine without a GPU."""
+"""The phase 1 kernels' machine code, and their choice of tiles, on a machine without a GPU."""
 
 import itertools
 import re
@@ -9,6 +9,13 @@ import torch
 pytest.importorskip("cutlass")
 
 from cute_kernels.config_phase1 import Phase1Config, phase1_config, phase1_configs, phase1_refusal
+from cute_kernels.config_phase1_bwd import (
+    GRADIENT_REGISTERS,
+    MAX_COLUMNS,
+    phase1_bwd_config,
+    phase1_bwd_configs,
+    phase1_bwd_refusal,
+)
 from cute_kernels.inspect import inspect_kernel
 
 SHARED_LIMIT = 227 * 1024
@@ -93,3 +100,56 @@ def test_refusals_say_what_is_allowed():
         ({"byte_alignment": 8}, "multiple of 16 bytes"),
     ):
         assert reason in (phase1_refusal(**{**fine, **change}) or "")
+
+
+@pytest.mark.parametrize("case", list(phase1_bwd_configs()), ids=name)
+def test_machine_code_of_the_backward(case):
+    op, build, config = case
+    inspection = inspect_kernel(op, build, config)
+    assert inspection.spill_bytes == 0
+    assert inspection.shared_bytes <= SHARED_LIMIT
+    # Products, fragments and their transposes, bulk copies both ways, mbarriers
+    for mnemonic in ("HMMA", "LDSM", "MOVM", "UBLKCP", "SYNCS"):
+        assert inspection.instructions[mnemonic], f"no {mnemonic}"
+    assert ".MT88.4" in inspection.sass
+    assert bool(inspection.instructions["STAS"]) == (config.tile.cluster > 1)
+    assert bool(inspection.instructions["USETMAXREG"]) == config.tile.moves_registers
+    assert not re.search(r"\b(LDS|STS|LDG|STG)\.[A-Z.]*[US]?(8|16)\b", inspection.sass)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_every_backward_that_is_not_refused_has_a_tile(dtype):
+    sizes = [8, 72, *range(64, 8193, 64), 4104, 8184]
+    storage = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    for hidden_size, num_sources, num_queries in itertools.product(sizes, [1, 3, 8], [1, 8, 9, 16, 24, 32]):
+        shape = {"hidden_size": hidden_size, "num_sources": num_sources, "num_queries": num_queries}
+        if phase1_bwd_refusal(dtype=storage, byte_alignment=16, **shape):
+            # du of so many queries exceeds the registers of a cluster of 8
+            assert num_queries > 16
+            assert hidden_size > 5120
+            continue
+        for query, key_weight, accumulate in itertools.product(["bf16", "fp32"], [None, "fp32"], [False, True]):
+            config = phase1_bwd_config(dtype=dtype, query=query, key_weight=key_weight, accumulate=accumulate, **shape)
+            tile = config.tile
+            assert config.shared_bytes <= SHARED_LIMIT
+            assert config.threads <= 384
+            assert hidden_size <= tile.cluster * tile.cta_columns
+            assert config.gradient_registers <= GRADIENT_REGISTERS
+            assert tile.columns <= MAX_COLUMNS
+            # The products of one item are made before the mix of the last
+            assert min(tile.source_slots, tile.output_slots) >= 2
+
+
+def test_refusals_of_the_backward_say_what_is_allowed():
+    fine = {"dtype": torch.bfloat16, "hidden_size": 7168, "num_sources": 8, "num_queries": 24, "byte_alignment": 16}
+    assert phase1_bwd_refusal(**fine) is None
+    for change, reason in (
+        ({"dtype": torch.float32}, "use bfloat16 or float16"),
+        ({"hidden_size": 12}, "multiple of 8"),
+        ({"hidden_size": 8200}, "at most 8192"),
+        ({"num_sources": 9}, "takes 1 to 8"),
+        ({"num_queries": 33}, "takes 1 to 32"),
+        ({"num_queries": 32}, "do not fit in a cluster"),
+        ({"byte_alignment": 8}, "multiple of 16 bytes"),
+    ):
+        assert reason in (phase1_bwd_refusal(**{**fine, **change}) or "")

@@ -194,6 +194,33 @@ def test_overflow_of_the_storage_must_be_the_same() -> None:
     assert not judge(exact.nan_to_num(0.0).half(), exact, kind="output").ok
 
 
+def test_the_spread_over_rows() -> None:
+    exact = torch.ones(11, 8, dtype=torch.float64) * torch.arange(1, 12).view(-1, 1)
+    actual = exact.clone()
+    actual[:, ::2] *= 1 + 0.01 * torch.arange(11).view(-1, 1)  # half of the elements: row i is off by 0.01 i / sqrt(2)
+    found = judge(actual.float(), exact, kind="output", plain32=exact.float())
+    expected = [0.01 * i / math.sqrt(2) for i in (1, 5, 9, 10, 10)]
+    assert [getattr(found.row_errors, name) for name in ("p10", "p50", "p90", "p99", "max")] == pytest.approx(
+        expected, rel=1e-5
+    )
+    assert found.row_floors == numerics.Quantiles()
+    rounded = judge(values().bfloat16(), values(), kind="output")
+    assert rounded.row_errors == rounded.row_floors
+    assert rounded.row_errors.p10 < rounded.floor < rounded.row_errors.max
+    broken = values()
+    broken[3, 3] = math.nan
+    assert judge(broken.bfloat16(), values(), kind="output").row_errors.max == math.inf
+    assert judge(torch.ones(()), torch.ones(()), kind="statistic").row_errors.max == 0
+
+
+def test_differing_elements() -> None:
+    values = torch.tensor([0.0, 1.0, math.nan])
+    for dtype in (torch.float32, *SIXTEEN):
+        stored = values.to(dtype)
+        assert numerics.differing_elements(stored, stored.clone()) == 0
+        assert numerics.differing_elements(stored, torch.tensor([-0.0, 1.5, math.nan]).to(dtype)) == 2
+
+
 def test_nothing_passes_and_shapes_must_agree() -> None:
     empty = torch.empty(0, 8)
     assert judge(empty, empty.double(), kind="output", plain32=empty).ok

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 import attnres.backend
-from attnres import cli, inputs, oracle, report, report_output, triton_interpreter
+from attnres import cli, inputs, oracle, report, report_lines, report_output, triton_interpreter
 from attnres.backend import BackendError
 from attnres.inputs import Shape
 from attnres.numerics import judge_reference
@@ -96,6 +97,18 @@ def test_torch_and_triton(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     terminal = capsys.readouterr().out
     assert f"{len(rows)} rows, {len(pairs)} comparisons, 0 kernels: all within budget" in terminal
     assert "Backend against backend" in terminal
+    assert "Precision at risk" in terminal
+    assert len(found["precision_at_risk"]) == 13
+    for row in rows:
+        if row["error"] is None:
+            continue
+        spread = row["row_errors"]
+        assert list(spread) == ["p10", "p50", "p90", "p99", "max"]
+        assert list(spread.values()) == sorted(spread.values())
+        assert row["sources"] in (3, 4)
+        if (row["dtype"], row["tensor"], row["kind"]) == ("bf16", "out", "normal"):
+            assert 5e-4 < spread["p50"] < 3e-3
+            assert spread["p50"] == pytest.approx(row["error"], rel=0.3)
 
 
 @pytest.mark.parametrize(
@@ -181,8 +194,17 @@ def test_an_unavailable_backend_is_unusable_only_where_named(
             "'rms_weight' has shape [4], expected a non-empty [8]",
         ),
         ({"sources": torch.ones(2, 3, 8), "other": torch.ones(4)}, "unknown tensor 'other'"),
-        ({"sources": torch.ones(2, 3, 8, dtype=torch.int32)}, "'sources' has dtype torch.int32"),
-        ({"sources": torch.full((2, 3, 8), torch.nan)}, "'sources' has NaN or infinite values"),
+        (
+            {"sources": torch.ones(2, 3, 8, dtype=torch.int32)},
+            "'sources' has dtype torch.int32, expected one of bfloat16, fl",
+        ),
+        ({"sources": torch.ones(2, 3, 8).to(torch.float8_e4m3fn)}, "'sources' has dtype torch.float8_e4m3fn"),
+        ({"sources": torch.full((2, 3, 8), torch.nan)}, "'sources' has NaN or infinite values (in float32): 48 of 48"),
+        (
+            {"sources": torch.ones(2, 3, 8).double().index_fill(1, torch.tensor(2), 1e39)},
+            "'sources' has NaN or infinite values (in float32): 16 of 48, the first at [0, 2, 0]",
+        ),
+        ({"sources": torch.ones(65, 1, 8)}, "'sources' has 65 sources, at most 64 are mixed"),
     ],
 )
 def test_bad_activation_files(
@@ -209,10 +231,34 @@ def test_activations_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert code == 0
     assert {row["kind"] for row in found["rows"]} == {"captured"}
     assert {row["shape"] for row in found["rows"]} == {"T5 D16 L3 w norm", "T5 D16 N3 S4 w"}
+    assert found["metadata"]["activations"] == "mine: 3 sources, 5 tokens, D 16"
+    assert [risk["source"] for risk in found["precision_at_risk"]] == [0, 1, 2]
+    assert all(risk["bf16"] == 0 and risk["level"] == "ok" for risk in found["precision_at_risk"])
     case = inputs.make_case("phase1", Shape(5, 16, 3, 4), "captured", "bf16/fp32", capture=inputs.load_capture(file))
     assert torch.equal(torch.stack(case.arguments["block_representations"]), sources)
     assert torch.equal(case.arguments["pseudo_queries"], queries)
     assert torch.equal(case.arguments["rms_weight"], weight)
+
+
+def test_activations_beyond_fp16(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sources = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(1))
+    sources[1, 2, 3] = 70000.0
+    save_file({"sources": sources}, tmp_path / "big.safetensors")
+    arguments = ["--inputs", str(tmp_path / "big.safetensors"), "--backends", "torch", "--ops", "mix"]
+    code, found, markdown = run(tmp_path, *arguments)
+    assert code == 0
+    assert {row["dtype"] for row in found["rows"]} == {"bf16", "fp32", "bf16/fp32"}
+    terminal = capsys.readouterr().out
+    assert "fp16 is left out: source 1: values above 65504" in terminal
+    risks = found["precision_at_risk"]
+    assert [risk["level"] for risk in risks] == ["ok", "at risk", "ok"]
+    assert risks[1]["overflow"] == pytest.approx(1 / 80)
+    assert risks[1]["fp16"] is None, "infinite"
+    for text in (terminal, markdown):
+        assert "Precision at risk" in text
+        assert "Overflows fp16: 1 of 80 values do not fit" in " ".join(text.replace("\n", " ").split())
+    assert cli.main(["report", *arguments, "--dtypes", "fp16"]) == 2
+    assert "--dtypes fp16: source 1: values above 65504" in capsys.readouterr().err
 
 
 @dataclass(frozen=True)
@@ -298,6 +344,69 @@ def test_refusals_are_rows_and_an_error_only_if_nobody_takes_the_case(monkeypatc
     assert "no backend of this run takes it: cute mix_fwd takes" in report_output.describe(alone.broken[0])
 
 
+def gate(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, list[str]]:
+    """Exit code and printed lines of `attnres report --gate`."""
+    code = cli.main(["report", "--gate", *arguments])
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    return code, printed.out.splitlines()
+
+
+def test_the_gate_is_terse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--backends", "torch", "--dtypes", "bf16", "--ops", "step"]
+    assert gate(capsys, *arguments) == (0, ["9 rows, 0 comparisons, 0 kernels: 0 failed"])
+    assert list(tmp_path.iterdir()) == []
+    spoil(monkeypatch, "serve_step", "torch", "out", 1 + 2.0**-7)
+    code, lines = gate(capsys, *arguments)
+    assert code == 1
+    assert len(lines) == 4
+    assert all(line.startswith("broken: step out bf16, ") for line in lines[:3])
+    assert lines[3] == "9 rows, 0 comparisons, 0 kernels: 3 failed"
+    assert gate(capsys, *arguments, "--out", "kept") == (1, lines)
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["report.html", "report.json", "report.md"]
+
+
+@pytest.mark.parametrize(("named", "code"), [(True, 1), (False, 0)])
+def test_the_gate_fails_on_a_refusal_of_what_was_asked_for(
+    named: bool, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reasons = {"torch": None, "triton": "gone", "cute": None}
+    monkeypatch.setattr(attnres.backend, "available_backends", lambda: reasons)
+    _pretend_cute(monkeypatch, 1.0, refuses="fp32")
+    arguments = ["--dtypes", "fp32", "--ops", "mix", *(["--backends", "torch", "cute"] if named else [])]
+    got, lines = gate(capsys, *arguments)
+    assert got == code
+    if named:
+        assert lines[0].startswith("refused: mix fp32, T3 D24 L3 w norm, normal, cute: cute mix_fwd takes bfloat16 or")
+    assert lines[-1].endswith(f"0 kernels: {2 * named} failed")
+
+
+@pytest.mark.parametrize(("named", "code"), [(True, 1), (False, 0)])
+def test_the_gate_fails_on_what_was_not_run(
+    named: bool, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import cute_kernels.inspect
+
+    reasons = {"torch": None, "triton": "gone", "cute": "no CUDA device"}
+    monkeypatch.setattr(attnres.backend, "available_backends", lambda: reasons)
+    monkeypatch.setattr(cute_kernels.inspect, "compile_all", lambda: iter([FakeInspection()]))
+    arguments = ["--dtypes", "bf16", "--ops", "step", *(["--backends", "torch", "cute"] if named else [])]
+    got, lines = gate(capsys, *arguments)
+    assert got == code
+    if named:
+        assert lines[0].startswith("not run: cute, compiled, not run: ")
+    assert lines[-1] == f"9 rows, 0 comparisons, 1 kernels: {int(named)} failed"
+
+
+def test_the_gate_fails_on_a_comparison(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(attnres.backend, "available_backends", lambda: dict.fromkeys(("torch", "triton", "cute")))
+    _pretend_cute(monkeypatch, 1 + 2.0**-20)
+    code, lines = gate(capsys, "--backends", "triton", "cute", "--dtypes", "fp32", "--ops", "mix")
+    assert code == 1
+    assert any("cute is worse than triton" in line for line in lines)
+
+
 def test_numbers_that_are_not_finite_are_null_in_json(monkeypatch: pytest.MonkeyPatch) -> None:
     _pretend_cute(monkeypatch, float("nan"))
     found = report.run(_small_jobs("bf16"), ["cute"], torch.device("cpu"))
@@ -351,3 +460,12 @@ def test_shipped_activations() -> None:
     assert 178 < capture.sources.abs().max() < 179
     file = Path(inputs.__file__).parent / "data" / "captured_sources.safetensors"
     assert file.stat().st_size <= 3_000_000
+
+
+def test_the_largest_difference_is_a_number_if_any_case_has_one() -> None:
+    # both overflow fp16 in one case: infinity minus infinity
+    differences = (math.nan, 1e-4, 2e-4, math.nan)
+    pairs = [report.Pair("mix", "out", "fp16", "", "", "torch", "triton", size, 0.0, 0.0) for size in differences]
+    assert [pair.difference for pair in report_lines.largest_difference_of_each_tensor(pairs)] == [2e-4]
+    worse = report.Pair("mix", "out", "fp16", "", "", "torch", "triton", 1e-9, 0.0, 0.0, "worse")
+    assert report_lines.largest_difference_of_each_tensor([*pairs, worse]) == [worse]

@@ -75,13 +75,29 @@ def mma(dtype: type[Numeric], a: tuple[Octet, Octet | None], b: Octet, c: list[F
     return ptx(text, [Float32] * 4, operands, effects=False)
 
 
-def ldmatrix(address: Int32, offset: int) -> list[Pair]:
+def mma_k8(dtype: type[Numeric], a: tuple[Pair, Pair], b: Pair, c: list[Float32] | None) -> list[Float32]:
+    """A [16 x 8] times B [8 x 8] plus C [16 x 8] (None: zero): the first half of K of `mma`, (a0, a1) and b0."""
+    operands = [*a, b, *(c or [Float32(0.0)])]
+    addend = _slots(7, 4) if c else "$7,$7,$7,$7"
+    kind = _PTX_TYPE[dtype]
+    text = f"mma.sync.aligned.m16n8k8.row.col.f32.{kind}.{kind}.f32 {{$0,$1,$2,$3}},{{$4,$5}},{{$6}},{{{addend}}};"
+    return ptx(text, [Float32] * 4, operands, effects=False)
+
+
+def ldmatrix(address: Int32, offset: int, transposed: bool = False) -> list[Pair]:
     """Four 8x8 matrices of 2-byte elements; lane l gives the address of row l % 8 of matrix l // 8.
 
-    From each matrix a lane gets the pair (row c, columns 2q and 2q + 1): matrix rows as columns of B.
+    From each matrix a lane gets the pair (row c, columns 2q and 2q + 1): matrix rows as columns of B. Transposed, it
+    gets (rows 2q and 2q + 1, column c): matrix rows as rows of B.
     """
-    text = f"ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{$0,$1,$2,$3}},[$4+{offset}];"
+    trans = ".trans" if transposed else ""
+    text = f"ldmatrix.sync.aligned.m8n8.x4{trans}.shared.b16 {{$0,$1,$2,$3}},[$4+{offset}];"
     return ptx(text, [Int32] * 4, [address], effects=True)
+
+
+def transpose(pair: Pair) -> Pair:
+    """An 8x8 matrix whose row c, columns 2q and 2q + 1 each lane holds, transposed over the warp."""
+    return ptx("movmatrix.sync.aligned.m8n8.trans.b16 $0,$1;", [Int32], [pair], effects=False)[0]
 
 
 # Pairs
@@ -139,8 +155,9 @@ def zip_pairs(even: Pair, odd: Pair, element: int) -> Pair:
 
 
 def load_shared(kind: type[Numeric], address: Int32, offset: int, count: int) -> list[Numeric]:
-    """`count` (2 or 4) consecutive 4-byte values."""
-    text = f"ld.shared.v{count}.b32 {{{_slots(0, count)}}},[${count}+{offset}];"
+    """1, 2 or 4 consecutive 4-byte values."""
+    width, data = ("", "$0") if count == 1 else (f".v{count}", f"{{{_slots(0, count)}}}")
+    text = f"ld.shared{width}.b32 {data},[${count}+{offset}];"
     return ptx(text, [kind] * count, [address], effects=True)
 
 
@@ -183,8 +200,18 @@ def load_vector(kind: type[Numeric], address: Int64, offset: int, predicate: Boo
     return ptx(text, [kind] * 4, [address, predicate], effects=True)
 
 
+def load_scalar(address: Int64, predicate: Boolean) -> Float32:
+    """A read-only fp32 number; zero where the predicate is false."""
+    text = "{.reg .b32 t; mov.b32 t,0; @$2 ld.global.nc.b32 t,[$1]; mov.b32 $0,t;}"
+    return ptx(text, [Float32], [address, predicate], effects=True)[0]
+
+
 def store_scalar(address: Int64, value: Float32, predicate: Boolean) -> None:
     ptx("@$2 st.global.f32 [$0],$1;", [], [address, value, predicate], effects=True)
+
+
+def store_pair(address: Int64, offset: int, values: list[Float32], predicate: Boolean) -> None:
+    ptx(f"@$3 st.global.v2.f32 [$0+{offset}],{{$1,$2}};", [], [address, *values, predicate], effects=True)
 
 
 def bulk_load(
@@ -202,7 +229,7 @@ def bulk_load(
     ptx(text, [], [shared, address, size, barrier, Int64(policy), *condition], effects=True)
 
 
-def bulk_store(address: Int64, shared: Int32, size: Int32, predicate: Boolean) -> None:
+def bulk_store(address: Int64, shared: Int32, size: Int32, policy: int, predicate: Boolean) -> None:
     """Starts copying `size` bytes (a multiple of 16) from shared memory, as part of this lane's open bulk group."""
-    text = "@$3 cp.async.bulk.global.shared::cta.bulk_group [$0],[$1],$2;"
-    ptx(text, [], [address, shared, size, predicate], effects=True)
+    text = "@$4 cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [$0],[$1],$2,$3;"
+    ptx(text, [], [address, shared, size, Int64(policy), predicate], effects=True)

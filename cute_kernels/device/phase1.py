@@ -208,6 +208,7 @@ class Phase1Kernel:
             smem=self.config.shared_bytes,
             stream=stream,
             min_blocks_per_mp=1,
+            use_pdl=True,
         )
 
     @cute.kernel
@@ -230,6 +231,7 @@ class Phase1Kernel:
         tile = self.tile
         thread, _, _ = cute.arch.thread_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        cute.arch.griddepcontrol_launch_dependents()
         base = cutlass.utils.SmemAllocator().allocate(self.shape.shared_bytes(tile), 1024)
         memory = Memory(self.config, base)
 
@@ -239,6 +241,8 @@ class Phase1Kernel:
             self.clear(memory, thread)
         cute.arch.mbarrier_init_fence()
         self.sync()
+        # The launch overlaps the kernel before, up to here.
+        cute.arch.griddepcontrol_wait()
 
         if warp >= tile.warps:
             if const_expr(self.config.producer_warps > 1):
@@ -724,7 +728,8 @@ class Phase1Kernel:
             size = cutlass.min(size, (shape.hidden_size - column) * ITEM)
             present = present & (size > 0)
         address = outputs.out + (row * shape.hidden_size + column) * ITEM
-        bulk_store(address, stage + lane.lane * shape.stage_row_bytes(tile), size, present)
+        # Evict first, or lines wait in L2 to be written back: .866 -> .881 of copy bandwidth (D 4096, N 8, S 16).
+        bulk_store(address, stage + lane.lane * shape.stage_row_bytes(tile), size, EVICT_FIRST, present)
         cute.arch.cp_async_bulk_commit_group()
 
     def release(self, memory: Memory, lane: Lane, turn: Int32) -> None:

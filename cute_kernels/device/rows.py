@@ -6,13 +6,16 @@ one run of 512 bytes: free of bank conflicts in shared memory, whole sectors in 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Boolean, Float32, Int32, Int64, Numeric, const_expr
+from cutlass.memory import SmemAllocator
 
-from cute_kernels.device.pipelines import NamedBarrier, global_row
+from cute_kernels.config import exchange_words
+from cute_kernels.device.mma import ptx, store_cluster
+from cute_kernels.device.pipelines import NamedBarrier
 
 LANES = 32
 VECTOR = 8  # elements of a 16-byte vector of a 2-byte type
@@ -59,20 +62,18 @@ class RowTile:
     def inside(self, v: int) -> Boolean:
         return (v * self.threads + self.thread) * VECTOR < self.elements
 
-    @cute.jit
-    def load_global(self, dtype: cutlass.Constexpr, address: Int64) -> cute.Tensor:
-        """This thread's part of a vector [elements] in device memory as fp32 registers; zero beyond the end."""
-        g_part = self.view(global_row(dtype, address, 0, 0, self.pitch))
-        r_part, r_vector = self.fragment(Float32), cute.make_rmem_tensor((VECTOR,), dtype)
-        r_part.fill(0.0)
-        for v in cutlass.range_constexpr(self.vectors):
-            if const_expr(self.is_partial(v)):
-                if self.inside(v):
-                    cute.autovec_copy(g_part[None, v], r_vector)
-                    r_part[None, v].store(r_vector.load().to(Float32))
-            else:
-                cute.autovec_copy(g_part[None, v], r_vector)
-                r_part[None, v].store(r_vector.load().to(Float32))
+    def load(self, dtype: type[Numeric], row: cute.Tensor) -> cute.Tensor:
+        """This thread's part of a row in device memory, as stored; zeros beyond the end."""
+        r_part = self.fragment(dtype)
+        vector_bytes = VECTOR * dtype.width // 8
+        start = row.iterator.toint() + Int64(self.thread) * vector_bytes
+        for v in range(self.vectors):
+            words = cute.recast_tensor(r_part[None, v], Int32)
+            inside = self.inside(v) if self.is_partial(v) else None
+            for first in range(0, vector_bytes, 16):
+                found = load_16_bytes(start, v * self.threads * vector_bytes + first, inside)
+                for i, word in enumerate(found):
+                    words[first // 4 + i] = word
         return r_part
 
     @cute.jit
@@ -84,6 +85,21 @@ class RowTile:
                 cute.autovec_copy(r_vector, g_vector)
         else:
             cute.autovec_copy(r_vector, g_vector)
+
+
+def load_16_bytes(address: Int64, offset: int, inside: Boolean | None) -> list[Int32]:
+    """Four words of device memory; zeros, and no access, where `inside` is false.
+
+    A predicate and not a branch, so that all loads of a token are under way before the first is waited for.
+    """
+    if inside is None:
+        return ptx(f"ld.global.v4.b32 {{$0,$1,$2,$3}},[$4+{offset}];", [Int32] * 4, [address], effects=True)
+    text = (
+        "{.reg .b32 t<4>; mov.b32 t0,0; mov.b32 t1,0; mov.b32 t2,0; mov.b32 t3,0; "
+        f"@$5 ld.global.v4.b32 {{t0,t1,t2,t3}},[$4+{offset}]; "
+        "mov.b32 $0,t0; mov.b32 $1,t1; mov.b32 $2,t2; mov.b32 $3,t3;}"
+    )
+    return ptx(text, [Int32] * 4, [address, inside], effects=True)
 
 
 def tree(combine: Callable[[Item, Item], Item], items: list[Item]) -> Item:
@@ -172,20 +188,44 @@ class RowSums:
         return [cute.arch.shuffle_sync(values[place], lane) for lane, place in map(self.owner, range(self.count))]
 
 
+class Exchange(Protocol):
+    """Sums over the warps that share a token."""
+
+    lane: Int32
+    warp: Int32  # among the token's warps
+
+    def sum(self, values: list[Float32]) -> list[Float32]:
+        """Each lane's values summed over the same lane of all warps."""
+
+
 class GroupExchange:
-    """Sums over the W warps of a group through shared memory: every warp writes, one named barrier, every warp reads.
+    """Over the W warps of a group through shared memory: every warp writes, one named barrier, every warp reads.
 
     Two buffers in turn: a warp can write buffer b again only after the barrier that follows its neighbours' reads of b. `turn`
     counts the exchanges; a loop over tokens carries it.
     """
 
-    def __init__(self, s_partials: cute.Tensor | None, group: Int32, warp: Int32, lane: Int32, warps: int, turn: Int32):
+    def __init__(
+        self,
+        s_partials: cute.Tensor | None,
+        group: Int32 | int,
+        warp: Int32,
+        lane: Int32,
+        warps: int,
+        turn: Int32 | int,
+    ):
         # (LANES * depth, warps, 2 buffers, groups); None for one warp
         self.s_partials, self.group, self.warp, self.lane, self.warps = s_partials, group, warp, lane, warps
         self.turn = turn
 
+    @staticmethod
+    def allocate(smem: SmemAllocator, count: int, warps: int, groups: int) -> cute.Tensor | None:
+        """For sums of up to `count` rows."""
+        if warps == 1:
+            return None
+        return smem.allocate_tensor(Float32, cute.make_layout((exchange_words(count), warps, 2, groups)), 16)
+
     def sum(self, values: list[Float32]) -> list[Float32]:
-        """Each lane's values summed over the same lane of all warps."""
         if self.warps == 1:
             return values
         s_buffer = self.s_partials[None, None, self.turn % 2, self.group]
@@ -193,8 +233,56 @@ class GroupExchange:
         for k, value in enumerate(values):
             s_buffer[k * LANES + self.lane, self.warp] = value
         cute.arch.barrier(barrier_id=NamedBarrier.GROUP + self.group, number_of_threads=self.warps * LANES)
-        lanes = [k * LANES + self.lane for k in range(len(values))]
-        return [tree(add, [s_buffer[lane, w] for w in range(self.warps)]) for lane in lanes]
+        return sum_over_warps(s_buffer, len(values), self.lane)
+
+
+class ClusterExchange:
+    """Over all warps of a cluster, for its one token: every warp sends its sums to every CTA and adds all of them up itself.
+
+    One trip through distributed shared memory for each of up to two exchanges. What is sent completes a transaction count of the
+    receiver's mbarrier; a CTA waits for all that comes to it, so that none leaves too early. Storing and then meeting at a cluster
+    barrier took 0.5 to 1 us longer on an H200.
+    """
+
+    def __init__(
+        self, smem: SmemAllocator, count: int, cluster: int, warps: int, rank: Int32, warp: Int32, lane: Int32
+    ):
+        self.cluster, self.warp, self.lane = cluster, rank * warps + warp, lane
+        # (LANES * depth, warps of the cluster, exchanges)
+        self.s_partials = smem.allocate_tensor(
+            Float32, cute.make_layout((exchange_words(count), cluster * warps, 2)), 16
+        )
+        self.arrived = smem.allocate_array(Int64, 2)  # mbarriers
+        self.turn = 0
+
+    @cute.jit
+    def start(self, thread: Int32):
+        """By all threads, early: nothing can be sent before all CTAs of the cluster have done this."""
+        words, warps, _ = self.s_partials.shape
+        if thread == 0:
+            for turn, sent in enumerate((words, LANES)):  # of many rows, then of one
+                cute.arch.mbarrier_init(self.arrived + turn, 1)
+                cute.arch.mbarrier_arrive_and_expect_tx(self.arrived + turn, sent * warps * 4)
+            cute.arch.mbarrier_init_fence()
+        cute.arch.cluster_arrive_relaxed()
+
+    def sum(self, values: list[Float32]) -> list[Float32]:
+        if self.turn == 0:
+            cute.arch.cluster_wait()
+        s_buffer, arrived = self.s_partials[None, None, self.turn], self.arrived + self.turn
+        self.turn += 1
+        for k, value in enumerate(values):
+            place = s_buffer.iterator.toint() + (self.warp * s_buffer.shape[0] + k * LANES + self.lane) * 4
+            for cta in range(self.cluster):
+                store_cluster(place, arrived.toint(), Int32(cta), [value])
+        cute.arch.mbarrier_wait(arrived, 0)
+        return sum_over_warps(s_buffer, len(values), self.lane)
+
+
+def sum_over_warps(s_buffer: cute.Tensor, count: int, lane: Int32) -> list[Float32]:
+    """(LANES * count, warps) -> `count` sums for each lane."""
+    warps = cute.size(s_buffer, mode=[1])
+    return [tree(add, [s_buffer[k * LANES + lane, w] for w in range(warps)]) for k in range(count)]
 
 
 def reciprocal_root(x: Float32) -> Float32:
@@ -206,6 +294,14 @@ def reciprocal_root(x: Float32) -> Float32:
 def exp_difference(a: Float32, b: Float32) -> Float32:
     """exp(a - b). Subtracting in natural units first: for large logits, scaling before would lose what the difference needs."""
     return cute.math.exp2((a - b) * Float32(LOG2_E), fastmath=True)
+
+
+def sigmoids(x: Float32) -> tuple[Float32, Float32]:
+    """sigmoid(x) and sigmoid(-x), each to a few ulps: 1 - p would be 0 for a large x."""
+    small = exp_difference(-cute.arch.fmax(x, -x), Float32(0.0))
+    large = cute.arch.rcp_approx(Float32(1.0) + small)
+    small = small * large
+    return select(x >= 0.0, large, small), select(x >= 0.0, small, large)
 
 
 def log(x: Float32) -> Float32:

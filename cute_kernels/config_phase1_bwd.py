@@ -1,0 +1,269 @@
+"""What phase 1's backward kernel takes, and with which tiles: cluster, warps, ring, staging, the bytes they need.
+
+A function of the static shape alone (T never matters), so nothing is tuned in a user's call. Imports neither the DSL
+nor the kernel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cute_kernels.config import ALIGNMENT, DTYPES, ITEM_BYTES, LANES, MAX_HIDDEN_SIZE, SHARED_BYTES, VECTOR
+from cute_kernels.config_phase1 import OCTET, ceil_div, query_terms
+
+MAX_SOURCES = 8
+MAX_QUERIES = 32
+
+STEP = 32  # columns that one ldmatrix covers
+PIECE = 16  # a warp's columns are a multiple of it
+MAX_WARPS = 8
+OTHER_WARPS = 4  # a warpgroup: loads, statistics, stores, loads of what is added to
+# Of the statistics warp and of a consumer, after setmaxnreg
+OTHER_REGISTERS = 40
+CONSUMER_REGISTERS = 232
+# Of a consumer, for gradients, and columns of one warp: more spilled. Where du is added apart from the tensor core, more
+# than 96 spill, too; those shapes that fit no other way spill up to 100 bytes (S = 24 at D = 7168, fp32 queries).
+GRADIENT_REGISTERS = 112
+APART_REGISTERS = 96
+MAX_COLUMNS = 256
+MAX_SLOTS = 4  # of tokens
+SCRATCH_BYTES = 1024  # alignment of the allocation
+
+# Of an item, an octet of queries of one token; all fp32. Products [8, 8]:
+PARTIAL_BYTES = 256
+# p and logits [8, 8], two factors of the sources [8], d_lse [8]
+P_AT, LOGITS_AT, FACTORS_AT, PULLS_AT, D_LSE_AT, STATISTICS_BYTES = 0, 256, 512, 544, 576, 608
+BUFFERS = 4  # of them; device/phase1_bwd.py says why
+
+
+@dataclass(frozen=True)
+class Phase1BwdTile:
+    """How a cluster works on a token: the hidden dimension is split over its CTAs, then over consumer warps."""
+
+    cluster: int
+    warps: int
+    columns: int  # of one warp
+    source_slots: int  # a slot holds one token's sources
+    output_slots: int  # a slot holds the gradients of one octet of outputs
+    stages: int  # a stage holds the gradients of one token's sources
+
+    @property
+    def cta_columns(self) -> int:
+        return self.warps * self.columns
+
+    @property
+    def row_bytes(self) -> int:
+        """A row in shared memory. With 16 bytes more than the columns have, eight rows start in different banks."""
+        return self.cta_columns * ITEM_BYTES + 16
+
+    @property
+    def consumer_warps(self) -> int:
+        """With idle ones: setmaxnreg works on warpgroups."""
+        return ceil_div(self.warps, 4) * 4
+
+    @property
+    def moves_registers(self) -> bool:
+        """Twelve warps would cap every thread at 168 registers."""
+        return self.consumer_warps > 4
+
+
+@dataclass(frozen=True)
+class Phase1BwdConfig:
+    """Static configuration of phase1_bwd; its repr is the key of the disk cache. dtypes are "bf16", "fp16", "fp32"."""
+
+    dtype: str
+    query: str
+    key_weight: str | None
+    hidden_size: int
+    num_sources: int
+    num_queries: int
+    d_lse: bool
+    accumulate: bool
+    tile: Phase1BwdTile
+
+    @property
+    def octets(self) -> int:
+        """Of queries."""
+        return ceil_div(self.num_queries, OCTET)
+
+    @property
+    def query_terms(self) -> int:
+        """Numbers of the storage dtype that an effective query is: two are more than the sources' gradients can show."""
+        return min(query_terms(self.dtype, self.query, self.key_weight), 2)
+
+    @property
+    def weight_terms(self) -> int:
+        """Numbers of the storage dtype that a weight of the query gradient is. With two bf16 numbers (17 bits), fp32
+        gradients would be off by 2e-6.
+        """
+        return 3 if self.dtype == "bf16" and "fp32" in (self.query, self.key_weight) else 2
+
+    @property
+    def adds_apart(self) -> bool:
+        """Whether du is added up apart from the tensor core, whose sums are truncated: by 5e-6 over a hundred tokens.
+
+        (And fp16 products have a scale of their own.)
+        """
+        return self.dtype == "fp16" or self.weight_terms > 2
+
+    def octet_rows(self, octet: int) -> int:
+        """Queries in an octet."""
+        return min(self.num_queries - octet * OCTET, OCTET)
+
+    @property
+    def source_slot_rows(self) -> int:
+        """Sources and, when they are added to, their gradients."""
+        return self.num_sources * (2 if self.accumulate else 1)
+
+    @property
+    def source_slot_bytes(self) -> int:
+        return self.source_slot_rows * self.tile.row_bytes
+
+    @property
+    def output_slot_bytes(self) -> int:
+        return self.octet_rows(0) * self.tile.row_bytes
+
+    @property
+    def ring_bytes(self) -> int:
+        return self.tile.source_slots * self.source_slot_bytes + self.tile.output_slots * self.output_slot_bytes
+
+    @property
+    def stage_bytes(self) -> int:
+        return self.num_sources * self.tile.row_bytes
+
+    @property
+    def query_bytes(self) -> int:
+        return self.query_terms * self.num_queries * self.tile.row_bytes
+
+    @property
+    def exchange_bytes(self) -> int:
+        """Statistics, each warp's sums and, over a cluster, each CTA's."""
+        shares = self.tile.warps + (self.tile.cluster if self.tile.cluster > 1 else 0)
+        return BUFFERS * (shares * PARTIAL_BYTES + STATISTICS_BYTES)
+
+    @property
+    def shared_bytes(self) -> int:
+        tile = self.tile
+        barriers = 8 * (2 * (tile.source_slots + tile.output_slots + tile.stages) + BUFFERS)
+        rows = self.ring_bytes + self.query_bytes + tile.stages * self.stage_bytes
+        return rows + self.exchange_bytes + barriers + SCRATCH_BYTES
+
+    @property
+    def gradient_registers(self) -> int:
+        """Of a consumer: for du and, where they are added up over octets, the sources' gradients."""
+        return (self.octets + (self.octets > 1)) * self.tile.columns // 4
+
+    @property
+    def threads(self) -> int:
+        return (self.tile.consumer_warps + OTHER_WARPS) * LANES
+
+    @property
+    def ragged(self) -> bool:
+        """Whether the last columns of the last warps lie beyond the row's end."""
+        return self.tile.cluster * self.tile.cta_columns != self.hidden_size
+
+
+def phase1_bwd_config(
+    *,
+    dtype: str,
+    query: str,
+    key_weight: str | None,
+    hidden_size: int,
+    num_sources: int,
+    num_queries: int,
+    d_lse: bool = True,
+    accumulate: bool = False,
+) -> Phase1BwdConfig | None:
+    """The configuration of a launch, or None where a token's rows or the queries' gradients do not fit a cluster of 8."""
+    tile = Phase1BwdTile(1, 1, PIECE, 2, 2, 1)
+    config = Phase1BwdConfig(dtype, query, key_weight, hidden_size, num_sources, num_queries, d_lse, accumulate, tile)
+    # Two tokens are in work at once, so a third is what loads go to meanwhile (measured on an H200, with two: 0.848 ->
+    # 0.507 of copy bandwidth); of more than one octet, some are free earlier.
+    octets, registers = config.octets, APART_REGISTERS if config.adds_apart else GRADIENT_REGISTERS
+    for sources, outputs, most in (
+        (3, 3 * octets, registers),
+        (2, 2 * octets + 1, registers),
+        (2, octets + 1, registers),
+        (2, 2, GRADIENT_REGISTERS),
+    ):
+        for tile in _tiles(hidden_size, sources, outputs):
+            found = dataclasses.replace(config, tile=tile)
+            if found.shared_bytes <= SHARED_BYTES and found.gradient_registers <= most:
+                return _fill(found)
+    return None
+
+
+def _tiles(hidden_size: int, sources: int, outputs: int) -> Iterator[Phase1BwdTile]:
+    """The smallest clusters first; of one size, the least padding, then the most warps."""
+    pieces = ceil_div(hidden_size, PIECE)
+    for cluster in (1, 2, 4, 8):
+        per_cta = ceil_div(pieces, cluster)
+        if (cluster - 1) * per_cta >= pieces:
+            continue  # a CTA without columns
+        fewest = ceil_div(per_cta, MAX_WARPS)
+        for per_warp in sorted((fewest, fewest + 1), key=lambda k: (ceil_div(per_cta, k) * k, k)):
+            if per_warp * PIECE <= MAX_COLUMNS:
+                yield Phase1BwdTile(cluster, ceil_div(per_cta, per_warp), per_warp * PIECE, sources, outputs, 1)
+
+
+def _fill(config: Phase1BwdConfig) -> Phase1BwdConfig:
+    """With more slots, sources and outputs in step, while they fit."""
+    while config.tile.output_slots < MAX_SLOTS * config.octets:
+        tile = config.tile
+        if tile.source_slots * config.octets < tile.output_slots:
+            tile = dataclasses.replace(tile, source_slots=tile.source_slots + 1)
+        else:
+            tile = dataclasses.replace(tile, output_slots=tile.output_slots + 1)
+        more = dataclasses.replace(config, tile=tile)
+        if more.shared_bytes > SHARED_BYTES:
+            break
+        config = more
+    return config
+
+
+def phase1_bwd_refusal(
+    *, dtype: torch.dtype, hidden_size: int, num_sources: int, num_queries: int, byte_alignment: int
+) -> str | None:
+    """Why the kernel cannot take this call, or None."""
+    if dtype not in DTYPES:
+        return f"dtype {str(dtype).removeprefix('torch.')} is not supported by phase1_bwd: use bfloat16 or float16"
+    if hidden_size % VECTOR or not VECTOR <= hidden_size <= MAX_HIDDEN_SIZE:
+        return f"hidden size {hidden_size} must be a multiple of {VECTOR} and at most {MAX_HIDDEN_SIZE}"
+    if not 1 <= num_sources <= MAX_SOURCES:
+        return f"{num_sources} sources: phase1_bwd takes 1 to {MAX_SOURCES}"
+    if not 1 <= num_queries <= MAX_QUERIES:
+        return f"{num_queries} queries: phase1_bwd takes 1 to {MAX_QUERIES}"
+    if byte_alignment < ALIGNMENT:
+        return f"every row must start at a multiple of {ALIGNMENT} bytes, not of {byte_alignment}"
+    if not _largest_fits(DTYPES[dtype], hidden_size, num_sources, num_queries):
+        return f"{num_sources} sources and {num_queries} queries of hidden size {hidden_size} do not fit in a cluster"
+    return None
+
+
+def _largest_fits(dtype: str, hidden_size: int, num_sources: int, num_queries: int) -> bool:
+    shape: dict[str, Any] = {"hidden_size": hidden_size, "num_sources": num_sources, "num_queries": num_queries}
+    return phase1_bwd_config(dtype=dtype, query="fp32", key_weight="fp32", accumulate=True, **shape) is not None
+
+
+def phase1_bwd_configs() -> Iterator[tuple[str, Callable[[Any], Any], Phase1BwdConfig]]:
+    """(op, build, config) of shapes that together take every path through the kernel."""
+    from cute_kernels.phase1_bwd import build
+
+    def config(hidden_size: int, num_sources: int, num_queries: int, **given: Any) -> Phase1BwdConfig:
+        given = {"dtype": "bf16", "query": "bf16", "key_weight": None} | given
+        found = phase1_bwd_config(hidden_size=hidden_size, num_sources=num_sources, num_queries=num_queries, **given)
+        assert found is not None
+        return found
+
+    yield "phase1_bwd", build, config(2048, 4, 8)
+    yield "phase1_bwd", build, config(4096, 8, 16)
+    yield "phase1_bwd", build, config(7168, 8, 24)
+    yield "phase1_bwd", build, config(2048, 8, 16, query="fp32", key_weight="bf16", accumulate=True)
+    yield "phase1_bwd", build, config(2304, 5, 12, dtype="fp16", query="fp16", d_lse=False)
+    yield "phase1_bwd", build, config(384, 8, 32, dtype="fp16", query="fp32", key_weight="fp32", accumulate=True)
+    yield "phase1_bwd", build, config(8, 1, 1)

@@ -1,0 +1,125 @@
+"""Tiles of phase 2's backward: warps a token, tokens of a CTA at once, tokens in flight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from cute_kernels.config import DTYPES, ITEM_BYTES, LANES, PARAMETER_DTYPES, VECTOR
+
+MAX_WARPS = 16
+MAX_STAGES = 4
+FLIGHT_BYTES = 96 * 1024
+
+
+class Phase2BwdOperands(NamedTuple):
+    """Device addresses (0: not there) and row strides in elements."""
+
+    d_out: Any = 0  # [T, D]
+    partial: Any = 0  # [T, D]
+    partial_stride: Any = 0
+    inter_out: Any = 0  # [T, D]
+    inter_out_stride: Any = 0
+    d_new_partial: Any = 0  # [T, D]
+    d_new_partial_stride: Any = 0
+    query: Any = 0  # [D]
+    key_weight: Any = 0  # [D]
+    output_weight: Any = 0  # [D]
+    logit: Any = 0  # [T] fp32
+    rstd: Any = 0  # [T] fp32
+    inter_lse: Any = 0  # [T] fp32
+    d_partial: Any = 0  # [T, D]
+    d_inter_out: Any = 0  # [T, D]
+    d_inter_lse: Any = 0  # [T] fp32
+    sums: Any = 0  # [CTAs, 1 or 2, D] fp32: du, and d_output_weight
+
+
+@dataclass(frozen=True)
+class Phase2BwdConfig:
+    """Static configuration; its repr is the key of the disk cache. dtypes as in config.RowConfig."""
+
+    dtype: str
+    hidden_size: int
+    query: str
+    key_weight: str | None
+    output_weight: str | None
+    new_partial: bool  # the new partial sum's gradient is added
+    warps: int  # that share a token
+    groups: int  # of so many warps in a CTA
+    stages: int  # tokens of a group that are in flight or being worked on
+
+    @property
+    def rows(self) -> int:
+        """Rows read for a token."""
+        return 3 + self.new_partial
+
+    @property
+    def threads(self) -> int:
+        return self.warps * self.groups * LANES
+
+    @property
+    def vectors(self) -> int:
+        """16-byte vectors of a row per thread."""
+        return -(-self.hidden_size // (VECTOR * LANES * self.warps))
+
+    @property
+    def pitch(self) -> int:
+        """A row in whole vectors for every thread."""
+        return self.vectors * self.warps * LANES * VECTOR
+
+    @property
+    def exchange_bytes(self) -> int:
+        """Two buffers of one partial sum per lane and warp (rows.GroupExchange)."""
+        return 0 if self.warps == 1 else LANES * self.warps * 2 * self.groups * 4
+
+    @property
+    def shared_bytes(self) -> int:
+        return self.groups * self.stages * self.rows * self.pitch * ITEM_BYTES + self.exchange_bytes
+
+
+def phase2_bwd_tile(hidden_size: int, rows: int) -> tuple[int, int, int]:
+    """(warps, groups, stages)"""
+    narrow = -(-hidden_size // (VECTOR * LANES))
+    wide = not (narrow <= MAX_WARPS // 2 or MAX_WARPS - 2 <= narrow <= MAX_WARPS)
+    warps = -(-narrow // (1 + wide))
+    groups = MAX_WARPS // warps
+    pitch = (1 + wide) * warps * LANES * VECTOR
+    tokens = FLIGHT_BYTES // (rows * pitch * ITEM_BYTES)
+    return warps, groups, min(max(tokens // groups, 2), MAX_STAGES)
+
+
+def phase2_bwd_config(
+    dtype: torch.dtype,
+    hidden_size: int,
+    query: torch.dtype,
+    key_weight: torch.dtype | None = None,
+    output_weight: torch.dtype | None = None,
+    *,
+    new_partial: bool = False,
+) -> Phase2BwdConfig:
+    return Phase2BwdConfig(
+        DTYPES[dtype],
+        hidden_size,
+        PARAMETER_DTYPES[query],
+        None if key_weight is None else PARAMETER_DTYPES[key_weight],
+        None if output_weight is None else PARAMETER_DTYPES[output_weight],
+        new_partial,
+        *phase2_bwd_tile(hidden_size, 3 + new_partial),
+    )
+
+
+def phase2_bwd_configs() -> Iterator[tuple[str, Callable[[Any], Any], Any]]:
+    """(op, build, config) of shapes that real models have and of every path through the kernel."""
+    from cute_kernels.phase2_bwd import build
+
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    for hidden_size in (2048, 4096, 7168):
+        yield "phase2_bwd", build, phase2_bwd_config(bf16, hidden_size, bf16)
+        yield "phase2_bwd", build, phase2_bwd_config(bf16, hidden_size, bf16, None, bf16, new_partial=True)
+    yield "phase2_bwd", build, phase2_bwd_config(bf16, 8192, fp32, fp32, fp32, new_partial=True)
+    yield "phase2_bwd", build, phase2_bwd_config(fp16, 2304, fp16, fp16, None, new_partial=True)
+    yield "phase2_bwd", build, phase2_bwd_config(fp16, 384, fp32, None, fp16)
+    yield "phase2_bwd", build, phase2_bwd_config(bf16, 8, bf16)

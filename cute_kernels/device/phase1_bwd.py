@@ -1,0 +1,783 @@
+"""The kernel behind phase1_bwd: gradients of S queries' mixes of the same N source rows, on tensor cores.
+
+    a_sn = <do_s, v_n>      h_sn = p_sn (a_sn - sum_k p_sk a_sk + d_lse_s)      g_sn = scale * rstd_n * h_sn
+    d_v_n = sum_s p_sn do_s + sum_s g_sn u_s - (rstd_n^2 / D) (sum_s logit_sn h_sn) v_n      du_s = sum_tokens sum_n g_sn v_n
+
+An *item* is an octet of queries of one token: gradients of different queries meet only in d_v, whose sums stay in
+registers from a token's first item to its last. The hidden dimension is split over the CTAs of a cluster, then over
+consumer warps; all walk the same items. Per item, a warp does
+
+    products   gradients of outputs [8 x D-slice] times sources^T [D-slice x 8]
+    exchange   sums of these over all warps and CTAs: each warp adds up one share and sends it to every CTA
+    weights    in every warp, from the sums: p, g and the pull become mma operands in place
+    mix        p^T and g^T [8 high and 8 low x 8] times gradients of outputs and queries [8 x D-slice]; and, two of
+               them together, g of the items and the pull [8 x 8] times sources [8 x D-slice], which adds to du in
+               registers
+
+in the order products(i + 1), exchange(i + 1), weights(i), mix(i), so that sums have a mix's time to cross the cluster.
+Three more warps work beside them: one keeps two rings full, of tokens' sources and of items' gradients; one fetches
+the items' statistics; one stores the sources' gradients that consumers stage in shared memory.
+
+Rows are read from device memory once. Deterministic: every sum has a fixed order.
+"""
+
+from typing import NamedTuple
+
+import cuda.bindings.driver as cuda
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float16, Float32, Int32, Int64, const_expr
+from cutlass.memory import SmemAllocator
+
+from cute_kernels.config import ITEM_BYTES, LANES, VECTOR
+from cute_kernels.config_phase1 import OCTET
+from cute_kernels.config_phase1_bwd import (
+    BUFFERS,
+    CONSUMER_REGISTERS,
+    D_LSE_AT,
+    FACTORS_AT,
+    LOGITS_AT,
+    OTHER_REGISTERS,
+    P_AT,
+    PARTIAL_BYTES,
+    PULLS_AT,
+    SCRATCH_BYTES,
+    STATISTICS_BYTES,
+    STEP,
+    Phase1BwdConfig,
+)
+from cute_kernels.device.mma import (
+    Pair,
+    bulk_load,
+    bulk_store,
+    ldmatrix,
+    load_scalar,
+    load_shared,
+    mma_k8,
+    pack,
+    power_of_two_scale,
+    select,
+    split_vector,
+    store_cluster,
+    store_pair,
+    store_shared,
+    transpose,
+    unpack,
+)
+from cute_kernels.device.phase1 import TYPES, ChainedSum, QueryReader, Work
+from cute_kernels.device.pipelines import EVICT_FIRST, producer_state
+from cute_kernels.device.rows import add, exp_difference, tree
+
+ITEM = ITEM_BYTES
+TILES = STEP // 8  # mma tiles of columns that one ldmatrix covers
+CONSUMERS = 1  # the named barrier of consumers and the statistics warp
+
+
+class Memory:
+    """Byte addresses in shared memory, and the mbarriers."""
+
+    def __init__(self, config: Phase1BwdConfig, base: cute.Pointer):
+        tile = config.tile
+        # [source_slots, N, row_bytes]; twice N rows when gradients are added to: they come second
+        self.sources = Int32(base.toint())
+        # [output_slots, up to 8, row_bytes]
+        outputs_at = tile.source_slots * config.source_slot_bytes
+        self.outputs = self.sources + outputs_at
+        # [terms, S, row_bytes]
+        queries_at = outputs_at + tile.output_slots * config.output_slot_bytes
+        self.queries = self.sources + queries_at
+        # [stages, N, row_bytes]
+        stage_at = queries_at + config.query_bytes
+        self.stage = self.sources + stage_at
+        # [BUFFERS, STATISTICS_BYTES]
+        statistics_at = stage_at + tile.stages * config.stage_bytes
+        self.statistics = self.sources + statistics_at
+        # [BUFFERS, warps, PARTIAL_BYTES]
+        self.partial = self.statistics + BUFFERS * STATISTICS_BYTES
+        # [BUFFERS, CTAs of the cluster, PARTIAL_BYTES]
+        self.reduced = self.partial + BUFFERS * tile.warps * PARTIAL_BYTES
+        barriers = cute.recast_ptr(base + (statistics_at + config.exchange_bytes), dtype=Int64)
+        # [slots]: the slot's bytes have landed; every warp is done with it
+        self.sources_full, self.sources_empty = barriers, barriers + tile.source_slots
+        self.outputs_full = barriers + 2 * tile.source_slots
+        self.outputs_empty = self.outputs_full + tile.output_slots
+        # [stages]: every warp has written its columns; the stores have read them
+        self.staged = self.outputs_empty + tile.output_slots
+        self.stored = self.staged + tile.stages
+        # [BUFFERS]: every share of the totals is there
+        self.reduced_ready = self.stored + tile.stages
+        self.reduced_ready_address = Int32(self.reduced_ready.toint())
+
+
+class Lane(NamedTuple):
+    """A consumer thread's place: c and q are the mma coordinates of device/mma.py."""
+
+    warp: Int32
+    lane: Int32
+    c: Int32
+    q: Int32
+    column: Int32  # first column of the warp's slice, in the whole row
+    offset: Int32  # of the warp's slice, in bytes of a row in shared memory
+
+
+class Statistics(NamedTuple):
+    """Device addresses of what the forward saved, fp32, and of lse's gradient (0: none)."""
+
+    lse: Int64  # [S, T]
+    logits: Int64  # [S, N, T]
+    rstd: Int64  # [N, T]
+    d_lse: Int64  # [S, T]
+
+
+class Weights(NamedTuple):
+    """An item's weights as mma operands."""
+
+    # (high, low): rows are sources, K the queries
+    p: tuple[Pair, Pair]
+    g: tuple[Pair, Pair]
+    # [terms]: rows are queries, K the sources
+    du: list[Pair]
+    # (high, low), on the diagonal of sources and sources: with a token's last item only
+    pull: list[Pair]
+    # undoes the power of two of fp16 weights
+    unscale: Float32 | None
+
+
+class Sums(NamedTuple):
+    """What a consumer thread adds up: fp32 registers, of query or source c, columns 2q and 2q + 1 of the warp's tiles."""
+
+    du: cute.Tensor  # (2, tiles, octets): over all tokens
+    d_sources: cute.Tensor  # (2, tiles): over the items of a token
+    pull: cute.Tensor  # (2,): this lane's part for sources 2q and 2q + 1, over the items of a token
+    # What an even octet leaves to the next one, so that their products with sources fill an mma: terms, unscale
+    held: cute.Tensor
+    held_unscale: cute.Tensor
+
+
+class Product(NamedTuple):
+    """Eight rows of an mma with sources."""
+
+    terms: list[Pair]
+    octet: int | None  # of du; None: the pull
+    unscale: Float32 | None
+
+
+class Phase1BwdKernel:
+    def __init__(self, config: Phase1BwdConfig):
+        self.config, self.tile = config, config.tile
+        self.dtype = TYPES[config.dtype]
+        self.warp_columns = config.tile.columns
+        self.ragged = config.ragged
+
+    @cute.jit
+    def __call__(
+        self,
+        d_out: Int64,  # [S, T, D]
+        d_lse: Int64,  # [S, T] fp32, when there is one
+        sources: list,  # N addresses of [T, D]
+        strides: list,  # elements from one token to the next
+        queries: Int64,  # [S, D]
+        query_stride: Int64,
+        key_weights: Int64,  # [S, D], when there are any
+        key_weight_stride: Int64,
+        lse: Int64,
+        logits: Int64,
+        rstd: Int64,
+        d_sources: list,  # N addresses of [T, D]
+        d_strides: list,
+        du: Int64,  # [clusters, S, D] fp32
+        tokens: Int32,
+        scale: Float32,
+        grid: Int32,
+        stream: cuda.CUstream,
+    ):
+        cluster = self.tile.cluster
+        self.kernel(
+            d_out,
+            sources,
+            strides,
+            queries,
+            query_stride,
+            key_weights,
+            key_weight_stride,
+            Statistics(lse, logits, rstd, d_lse),
+            d_sources,
+            d_strides,
+            du,
+            tokens,
+            scale,
+        ).launch(
+            grid=[grid, 1, 1],
+            block=[self.config.threads, 1, 1],
+            cluster=[cluster, 1, 1] if cluster > 1 else None,
+            smem=self.config.shared_bytes,
+            stream=stream,
+            min_blocks_per_mp=1,
+        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        d_out: Int64,
+        sources: list,
+        strides: list,
+        queries: Int64,
+        query_stride: Int64,
+        key_weights: Int64,
+        key_weight_stride: Int64,
+        statistics: Statistics,
+        d_sources: list,
+        d_strides: list,
+        du: Int64,
+        tokens: Int32,
+        scale: Float32,
+    ):
+        tile = self.tile
+        thread, _, _ = cute.arch.thread_idx()
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        base = SmemAllocator().allocate(self.config.shared_bytes - SCRATCH_BYTES, SCRATCH_BYTES)
+        memory = Memory(self.config, base)
+
+        if thread == 0:
+            self.init_barriers(memory)
+        if const_expr(self.ragged):
+            self.clear(memory, thread)
+        cute.arch.mbarrier_init_fence()
+        self.sync()
+
+        first = tile.consumer_warps
+        if warp >= first:
+            if const_expr(tile.moves_registers):
+                cute.arch.setmaxregister_decrease(OTHER_REGISTERS)
+            if warp == first:
+                with cute.arch.elect_one():
+                    self.load(memory, self.work(tokens), d_out, sources, strides)
+                cute.arch.sync_warp()
+            if warp == first + 1:
+                self.fetch_statistics(memory, self.work(tokens), statistics, thread % LANES, scale)
+            if warp == first + 2:
+                with cute.arch.elect_one():
+                    self.store(memory, self.work(tokens), d_sources, d_strides)
+                cute.arch.sync_warp()
+            if const_expr(self.config.accumulate):
+                if warp == first + 3:
+                    with cute.arch.elect_one():
+                        self.load_addends(memory, self.work(tokens), d_sources, d_strides)
+                    cute.arch.sync_warp()
+        else:
+            if const_expr(tile.moves_registers):
+                cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
+            if warp < tile.warps:
+                work = self.work(tokens)
+                lane = self.place(work, warp, thread % LANES)
+                self.load_queries(memory, lane, queries, query_stride, key_weights, key_weight_stride)
+                self.consume(memory, work, lane, du)
+        if const_expr(tile.cluster > 1):
+            # No CTA may leave while another can still write to its shared memory.
+            self.sync()
+
+    def work(self, tokens: Int32) -> Work:
+        """By each role for itself: kept across the branch, its numbers were spilled for want of producer registers."""
+        cluster = self.tile.cluster
+        block, _, _ = cute.arch.block_idx()
+        blocks, _, _ = cute.arch.grid_dim()
+        rank = cute.arch.block_idx_in_cluster() if cluster > 1 else Int32(0)
+        first, step = block // cluster, blocks // cluster
+        return Work(rank, first, step, (tokens - first + step - 1) // step, tokens)
+
+    def sync(self) -> None:
+        """All threads of the cluster."""
+        cute.arch.sync_warp()
+        if self.tile.cluster > 1:
+            cute.arch.cluster_arrive()
+            cute.arch.cluster_wait()
+        else:
+            cute.arch.barrier()
+
+    def init_barriers(self, memory: Memory) -> None:
+        tile = self.tile
+        rings = (
+            (memory.sources_full, memory.sources_empty, tile.source_slots, 2 if self.config.accumulate else 1),
+            (memory.outputs_full, memory.outputs_empty, tile.output_slots, 1),
+        )
+        for full, empty, slots, loaders in rings:
+            for slot in range(slots):
+                cute.arch.mbarrier_init(full + slot, loaders)
+                cute.arch.mbarrier_init(empty + slot, tile.warps)
+        for stage in range(tile.stages):
+            cute.arch.mbarrier_init(memory.staged + stage, tile.warps)
+            cute.arch.mbarrier_init(memory.stored + stage, 1)
+        for buffer in range(BUFFERS):
+            # Shares arrive as bytes; the one arrival announces how many.
+            cute.arch.mbarrier_init(memory.reduced_ready + buffer, 1)
+
+    @cute.jit
+    def clear(self, memory: Memory, thread: Int32):
+        """Zeros where no copy writes: they enter the products, and what shared memory holds at first may be a NaN."""
+        zero = Int32(0)
+        for offset in cutlass.range(thread * 16, self.config.ring_bytes, self.config.threads * 16, unroll=1):
+            store_shared(memory.sources + offset, 0, [zero, zero, zero, zero])
+        cute.arch.fence_view_async_shared()
+
+    def part(self, work: Work) -> tuple[Int32, Int32, cutlass.Boolean | None]:
+        """(first column, bytes, whether there are any) of this CTA's part of a row."""
+        column = work.rank * self.tile.cta_columns
+        size = Int32(self.tile.cta_columns * ITEM)
+        if not self.ragged:
+            return column, size, None
+        size = cutlass.max(cutlass.min(size, (self.config.hidden_size - column) * ITEM), 0)
+        return column, size, size > 0
+
+    # Loads
+
+    @cute.jit
+    def load(self, memory: Memory, work: Work, d_out: Int64, sources: list, strides: list):
+        """Fills the rings: a token's sources, then its items' gradients."""
+        config, row_bytes = self.config, self.tile.row_bytes
+        column, size, some = self.part(work)
+        at_source, at_output = producer_state(self.tile.source_slots), producer_state(self.tile.output_slots)
+        row_stride = Int64(work.tokens) * (config.hidden_size * ITEM)
+        for turn in cutlass.range(work.items, unroll=1):
+            token = Int64(work.item(turn))
+            self.load_sources(memory, work, at_source, turn, sources, strides, 0)
+            at_source.advance()
+            for octet in cutlass.range_constexpr(config.octets):
+                cute.arch.mbarrier_wait(memory.outputs_empty + at_output.index, at_output.phase)
+                full = memory.outputs_full + at_output.index
+                rows = config.octet_rows(octet)
+                cute.arch.mbarrier_arrive_and_expect_tx(full, size * rows)
+                slot, barrier = memory.outputs + at_output.index * config.output_slot_bytes, Int32(full.toint())
+                address = d_out + (token * config.hidden_size + column) * ITEM + octet * OCTET * row_stride
+                for s in cutlass.range(rows, unroll=4):
+                    bulk_load(slot + s * row_bytes, address + s * row_stride, size, barrier, EVICT_FIRST, some)
+                at_output.advance()
+
+    @cute.jit
+    def load_addends(self, memory: Memory, work: Work, d_sources: list, d_strides: list):
+        """What the sources' gradients are added to, beside the sources. One warp would spill with all those addresses."""
+        at_source = producer_state(self.tile.source_slots)
+        for turn in cutlass.range(work.items, unroll=1):
+            self.load_sources(memory, work, at_source, turn, d_sources, d_strides, self.config.num_sources)
+            at_source.advance()
+
+    def load_sources(
+        self, memory: Memory, work: Work, state, turn: Int32, sources: list, strides: list, first: int
+    ) -> None:
+        """N rows, from row `first` of a slot on."""
+        config = self.config
+        column, size, some = self.part(work)
+        token = Int64(work.item(turn))
+        full = memory.sources_full + state.index
+        cute.arch.mbarrier_wait(memory.sources_empty + state.index, state.phase)
+        cute.arch.mbarrier_arrive_and_expect_tx(full, size * config.num_sources)
+        slot = memory.sources + state.index * config.source_slot_bytes + first * self.tile.row_bytes
+        for n, (source, stride) in enumerate(zip(sources, strides, strict=True)):
+            address = source + (token * stride + column) * ITEM
+            bulk_load(slot + n * self.tile.row_bytes, address, size, Int32(full.toint()), EVICT_FIRST, some)
+
+    # Statistics
+
+    @cute.jit
+    def fetch_statistics(self, memory: Memory, work: Work, statistics: Statistics, lane: Int32, scale: Float32):
+        """Each item's p, logits and factors, before its exchange; lane 8i + n has source n.
+
+        The consumers read those of item i between the barriers of i + 1 and i + 2, in all of which this warp takes part.
+        """
+        config = self.config
+        r_loaded = cute.make_rmem_tensor((6,), Float32)
+        self.load_statistics(work, statistics, lane, Int32(0), 0, r_loaded)
+        for turn in cutlass.range(work.items, unroll=1):
+            for octet in cutlass.range_constexpr(config.octets):
+                buffer = (turn * config.octets + octet) % BUFFERS
+                at = memory.statistics + buffer * STATISTICS_BYTES + lane * 4
+                for i in cutlass.range_constexpr(2):
+                    logit, lse = r_loaded[2 * i], r_loaded[2 * i + 1]
+                    query = octet * OCTET + i * 4 + lane // OCTET
+                    there = (query < config.num_queries) & (lane % OCTET < config.num_sources)
+                    p = select(there, exp_difference(logit, lse), Float32(0.0))
+                    store_shared(at, P_AT + i * 128, [p])
+                    store_shared(at, LOGITS_AT + i * 128, [logit])
+                rstd, d_lse = r_loaded[4], r_loaded[5]
+                store_shared(at, FACTORS_AT, [scale * rstd], lane < OCTET)
+                store_shared(at, PULLS_AT, [rstd * rstd * Float32(1.0 / config.hidden_size)], lane < OCTET)
+                store_shared(at, D_LSE_AT, [d_lse], lane < OCTET)
+                last = octet == config.octets - 1
+                self.load_statistics(work, statistics, lane, turn + int(last), 0 if last else octet + 1, r_loaded)
+                self.item_barrier()
+
+    def load_statistics(
+        self, work: Work, statistics: Statistics, lane: Int32, turn: Int32, octet: int, r_loaded
+    ) -> None:
+        config = self.config
+        sources, tokens = config.num_sources, Int64(work.tokens)
+        token = work.item(turn)
+        inside = token < work.tokens
+        source = lane % OCTET
+        for i in range(2):
+            query = octet * OCTET + i * 4 + lane // OCTET
+            there = inside & (query < config.num_queries)
+            logit = statistics.logits + (Int64(query * sources + source) * tokens + token) * 4
+            r_loaded[2 * i] = load_scalar(logit, there & (source < sources))
+            r_loaded[2 * i + 1] = load_scalar(statistics.lse + (Int64(query) * tokens + token) * 4, there)
+        position = Int64(lane) * tokens + token
+        r_loaded[4] = load_scalar(statistics.rstd + position * 4, inside & (lane < sources))
+        r_loaded[5] = Float32(0.0)
+        if config.d_lse:
+            query = octet * OCTET + lane
+            there = inside & (lane < OCTET) & (query < config.num_queries)
+            r_loaded[5] = load_scalar(statistics.d_lse + (position + octet * OCTET * tokens) * 4, there)
+
+    def item_barrier(self) -> None:
+        """Of all consumers and the statistics warp."""
+        cute.arch.barrier(barrier_id=CONSUMERS, number_of_threads=(self.tile.warps + 1) * LANES)
+
+    # Stores
+
+    @cute.jit
+    def store(self, memory: Memory, work: Work, d_sources: list, d_strides: list):
+        """Staged rows to device memory."""
+        stages = self.tile.stages
+        column, size, some = self.part(work)
+        present = cutlass.Boolean(size > 0)
+        for turn in cutlass.range(work.items, unroll=1):
+            token = Int64(work.item(turn))
+            buffer = turn % stages
+            cute.arch.mbarrier_wait(memory.staged + buffer, (turn // stages) & 1)
+            stage = memory.stage + buffer * self.config.stage_bytes
+            for n in cutlass.range_constexpr(self.config.num_sources):
+                address = d_sources[n] + (token * d_strides[n] + column) * ITEM
+                bulk_store(address, stage + n * self.tile.row_bytes, size, EVICT_FIRST, present)
+            cute.arch.cp_async_bulk_commit_group()
+            cute.arch.cp_async_bulk_wait_group(0, read=True)
+            cute.arch.mbarrier_arrive(memory.stored + buffer)
+        cute.arch.cp_async_bulk_wait_group(0)
+
+    # Consumers
+
+    def place(self, work: Work, warp: Int32, lane: Int32) -> Lane:
+        return Lane(
+            warp=warp,
+            lane=lane,
+            c=lane // 4,
+            q=lane % 4,
+            column=work.rank * self.tile.cta_columns + warp * self.warp_columns,
+            offset=warp * (self.warp_columns * ITEM),
+        )
+
+    @cute.jit
+    def load_queries(self, memory: Memory, lane: Lane, queries: Int64, query_stride, key_weights, key_weight_stride):
+        """The terms of the effective queries over the warp's columns, to shared memory."""
+        vectors = self.config.num_queries * self.warp_columns // VECTOR
+        for index in cutlass.range(lane.lane, vectors, LANES, unroll=2):
+            # Made in here: a loop cannot carry it
+            reader = QueryReader(self, lane, queries, query_stride, key_weights, key_weight_stride)
+            self.load_query_vector(memory, lane, reader, index)
+        cute.arch.sync_warp()
+
+    def load_query_vector(self, memory: Memory, lane: Lane, reader: QueryReader, index: Int32) -> None:
+        config, row_bytes = self.config, self.tile.row_bytes
+        per_row = self.warp_columns // VECTOR
+        query, column = index // per_row, index % per_row * VECTOR
+        given = reader.load(query, column)
+        terms = given[:1]
+        if config.query_terms > 1:
+            terms = split_vector(self.dtype, reader.product(given), config.query_terms)
+        at = memory.queries + lane.offset + query * row_bytes + column * ITEM
+        for i, term in enumerate(terms):
+            store_shared(at, i * config.num_queries * row_bytes, term)
+
+    def steps(self) -> list[range]:
+        """The warp's tiles by fours, as one ldmatrix reads them; of the last one it may use only two."""
+        tiles = self.warp_columns // 8
+        return [range(first, min(first + TILES, tiles)) for first in range(0, tiles, TILES)]
+
+    def rows(self, lane: Lane, first: Int32, count: int) -> Int32:
+        """The address that this lane gives to ldmatrix for 32 columns of up to 8 rows.
+
+        Rows past the last repeat it: their weights are zero, and they belong to the same token.
+        """
+        row = lane.lane % 8
+        if count < OCTET:
+            row = cutlass.min(row, count - 1)
+        return first + lane.offset + (lane.lane // 8) * 16 + row * self.tile.row_bytes
+
+    @cute.jit
+    def consume(self, memory: Memory, work: Work, lane: Lane, du: Int64):
+        octets, tiles = self.config.octets, self.warp_columns // 8
+        sums = Sums(
+            cute.make_rmem_tensor((2, tiles, octets), Float32),
+            cute.make_rmem_tensor((2, tiles), Float32),
+            cute.make_rmem_tensor((2,), Float32),
+            cute.make_rmem_tensor((self.config.weight_terms,), Int32),
+            cute.make_rmem_tensor((1,), Float32),
+        )
+        sums.du.fill(0.0)
+        # One turn more than there are tokens: each part of the code is there once.
+        for turn in cutlass.range(work.items + 1, unroll=1):
+            if turn < work.items:
+                self.products(memory, lane, turn, 0)
+                self.exchange(memory, work, lane, turn, 0)
+            if turn > 0:
+                self.mix(memory, lane, turn - 1, octets - 1, sums)
+            if turn < work.items:
+                for octet in cutlass.range_constexpr(1, octets):
+                    self.products(memory, lane, turn, octet)
+                    self.exchange(memory, work, lane, turn, octet)
+                    self.mix(memory, lane, turn, octet - 1, sums)
+        self.store_du(work, lane, du, sums.du)
+
+    def source_slot(self, memory: Memory, turn: Int32) -> tuple[Int32, Int32, Int32]:
+        """(index, parity of its full barrier, address)."""
+        slots = self.tile.source_slots
+        index = turn % slots
+        return index, (turn // slots) & 1, memory.sources + index * self.config.source_slot_bytes
+
+    def output_slot(self, memory: Memory, turn: Int32, octet: int) -> tuple[Int32, Int32, Int32]:
+        item, slots = turn * self.config.octets + octet, self.tile.output_slots
+        index = item % slots
+        return index, (item // slots) & 1, memory.outputs + index * self.config.output_slot_bytes
+
+    def products(self, memory: Memory, lane: Lane, turn: Int32, octet: int) -> None:
+        """This warp's share of <do_s, v_n>, to its partial buffer.
+
+        One ldmatrix of gradients is two operands in one, columns 0 to 7 and 16 to 23 of its 32 as rows 0 to 7, the
+        others as rows 8 to 15; sources come in that order, too. Half of each product is left out of the sums.
+        """
+        config, tile = self.config, self.tile
+        index, parity, slot = self.source_slot(memory, turn)
+        if octet == 0:
+            cute.arch.mbarrier_wait(memory.sources_full + index, parity)
+        row, piece = cutlass.min(lane.lane % 8, config.num_sources - 1), lane.lane // 8
+        source_rows = slot + lane.offset + row * tile.row_bytes + (piece % 2 * 2 + piece // 2) * 16
+        index, parity, slot = self.output_slot(memory, turn, octet)
+        cute.arch.mbarrier_wait(memory.outputs_full + index, parity)
+        d_out_rows = self.rows(lane, slot, config.octet_rows(octet))
+        sums, zero = ChainedSum(self.dtype, alternating=True), Int32(0)
+        for step, tiles in enumerate(self.steps()):
+            columns = step * STEP * ITEM
+            source, d_out = ldmatrix(source_rows, columns), ldmatrix(d_out_rows, columns)
+            if len(tiles) < TILES:
+                d_out[2:] = [zero, zero]
+            for half in range(2):
+                operand = ((d_out[0], d_out[2]), (d_out[1], d_out[3]))
+                sums.add(operand, (source[2 * half], source[2 * half + len(tiles) // TILES]))
+            # See mix.
+            if step % 2:
+                cute.arch.sync_warp()
+        buffer = (turn * config.octets + octet) % BUFFERS
+        share = memory.partial + (buffer * tile.warps + lane.warp) * PARTIAL_BYTES
+        store_shared(share + lane.lane * 8, 0, *sums.octets())
+
+    def exchange(self, memory: Memory, work: Work, lane: Lane, turn: Int32, octet: int) -> None:
+        """Makes the warps' partial sums common; over a cluster, adds this warp's share of them up and sends it to every
+        CTA.
+
+        Why four buffers: a warp sends totals of item i + 4 after it has seen all totals of i + 2. Each CTA sent those
+        after its barrier of i + 2, when all its warps were past their reads of totals i (or, in a cluster of one, of
+        partial sums i).
+        """
+        tile = self.tile
+        self.item_barrier()
+        if tile.cluster == 1:
+            return
+        buffer = (turn * self.config.octets + octet) % BUFFERS
+        self.announce_totals(memory, lane, buffer)
+        vectors = PARTIAL_BYTES // 16
+        begin, end = lane.warp * vectors // tile.warps, (lane.warp + 1) * vectors // tile.warps
+        vector = begin + lane.lane
+        at = cutlass.min(vector, vectors - 1) * 16
+        partial = memory.partial + buffer * (tile.warps * PARTIAL_BYTES) + at
+        shares = [load_shared(Float32, partial, warp * PARTIAL_BYTES, 4) for warp in range(tile.warps)]
+        total = [tree(add, [share[e] for share in shares]) for e in range(4)]
+        reduced = memory.reduced + (buffer * tile.cluster + work.rank) * PARTIAL_BYTES + at
+        barrier = memory.reduced_ready_address + buffer * 8
+        for cta in range(tile.cluster):
+            store_cluster(reduced, barrier, Int32(cta), total, vector < end)
+
+    @cute.jit
+    def announce_totals(self, memory: Memory, lane: Lane, buffer: Int32):
+        """The barrier's one arrival. Bytes that come before it are counted too; the phase cannot end without it."""
+        if lane.warp == 0:
+            with cute.arch.elect_one():
+                size = self.tile.cluster * PARTIAL_BYTES
+                cute.arch.mbarrier_arrive_and_expect_tx(memory.reduced_ready + buffer, size)
+
+    def weights(self, memory: Memory, lane: Lane, turn: Int32, octet: int, sums: Sums) -> Weights:
+        """p, g and, at last, the pull; every warp computes them all.
+
+        Lane (c, q) holds query c and sources 2q and 2q + 1: the layout of products and of an operand with queries for
+        rows; transposed, of one with sources for rows.
+        """
+        config, tile = self.config, self.tile
+        item = turn * config.octets + octet
+        buffer = item % BUFFERS
+        if tile.cluster == 1:
+            shares, totals = tile.warps, memory.partial
+        else:
+            shares, totals = tile.cluster, memory.reduced
+            cute.arch.mbarrier_wait(memory.reduced_ready + buffer, (item // BUFFERS) & 1)
+        totals = totals + buffer * (shares * PARTIAL_BYTES) + lane.lane * 8
+        parts = [load_shared(Float32, totals, share * PARTIAL_BYTES, 2) for share in range(shares)]
+        a = [tree(add, [part[e] for part in parts]) for e in range(2)]
+        statistics = memory.statistics + buffer * STATISTICS_BYTES
+        p = load_shared(Float32, statistics + lane.lane * 8, P_AT, 2)
+        logit = load_shared(Float32, statistics + lane.lane * 8, LOGITS_AT, 2)
+        factor = load_shared(Float32, statistics + lane.q * 8, FACTORS_AT, 2)
+        (d_lse,) = load_shared(Float32, statistics + lane.c * 4, D_LSE_AT, 1)
+        mean = p[0] * a[0] + p[1] * a[1]
+        for offset in (1, 2):
+            mean = mean + cute.arch.shuffle_sync_bfly(mean, offset=offset)
+        h = [p[e] * (a[e] + (d_lse - mean)) for e in range(2)]
+        g = [factor[e] * h[e] for e in range(2)]
+        for e in range(2):
+            sums.pull[e] = logit[e] * h[e] if octet == 0 else sums.pull[e] + logit[e] * h[e]
+        pairs = [p, g]
+        if octet == config.octets - 1:
+            pull_factor = load_shared(Float32, statistics + lane.q * 8, PULLS_AT, 2)
+            pull = [sums.pull[e] for e in range(2)]
+            for offset in (4, 8, 16):
+                pull = [value + cute.arch.shuffle_sync_bfly(value, offset=offset) for value in pull]
+            zero = Float32(0.0)
+            pairs.append([select(lane.c == lane.q * 2 + e, zero - pull_factor[e] * pull[e], zero) for e in range(2)])
+        unscale = None
+        if self.dtype is Float16:
+            scale, unscale = self.scale_of(pairs)
+            pairs = [[scale * value for value in pair] for pair in pairs]
+        (p_high, p_low), du, *pull_terms = (
+            [term[0] for term in split_vector(self.dtype, pair, terms)]
+            for pair, terms in zip(pairs, (2, config.weight_terms, 2), strict=False)
+        )
+        return Weights(
+            p=(transpose(p_high), transpose(p_low)),
+            g=(transpose(du[0]), transpose(du[1])),
+            du=du,
+            pull=pull_terms[0] if pull_terms else [],
+            unscale=unscale,
+        )
+
+    def scale_of(self, pairs: list[list[Float32]]) -> tuple[Float32, Float32]:
+        """The power of two for fp16 weights of an item, and its inverse."""
+        peak = tree(cute.arch.fmax, [cute.arch.fmax(value, -value) for pair in pairs for value in pair])
+        for offset in (16, 8, 4, 2, 1):
+            peak = cute.arch.fmax(peak, cute.arch.shuffle_sync_bfly(peak, offset=offset))
+        return power_of_two_scale(peak)
+
+    def mix(self, memory: Memory, lane: Lane, turn: Int32, octet: int, sums: Sums) -> None:
+        """An item's gradients over the warp's columns: adds to du and d_sources.
+
+        After a token's last item, d_sources are rounded into the staging buffer.
+        """
+        config, tile = self.config, self.tile
+        weights = self.weights(memory, lane, turn, octet, sums)
+        last = octet == config.octets - 1
+        source_index, _, source_slot = self.source_slot(memory, turn)
+        output_index, _, output_slot = self.output_slot(memory, turn, octet)
+        rows = config.octet_rows(octet)
+        source_rows = self.rows(lane, source_slot, config.num_sources)
+        addend_rows = self.rows(lane, source_slot + config.num_sources * tile.row_bytes, config.num_sources)
+        query_rows = self.rows(lane, memory.queries, rows)
+        factors = [(self.rows(lane, output_slot, rows), 0, weights.p)]
+        for term in range(config.query_terms):
+            factors.append((query_rows, (term * config.num_queries + octet * OCTET) * tile.row_bytes, weights.g))
+        stage_index = turn % tile.stages
+        stage = memory.stage + stage_index * config.stage_bytes + lane.offset + lane.c * tile.row_bytes + lane.q * 4
+        if last:
+            cute.arch.mbarrier_wait(memory.stored + stage_index, ((turn // tile.stages) & 1) ^ 1)
+        products = self.source_products(weights, octet, sums)
+        for step, tiles in enumerate(self.steps()):
+            columns = step * STEP * ITEM
+            pulls = [None] * TILES
+            if products:
+                sources = ldmatrix(source_rows, columns, transposed=True)
+                pulls = [self.add_products(products, row, sums.du, k) for row, k in zip(sources, tiles, strict=False)]
+                # Here and at the end: keeps the compiler from hoisting loads and products, which spilled.
+                cute.arch.sync_warp()
+            found: list[list[Float32] | None] = [None] * len(tiles)
+            for address, offset, weight in factors:
+                matrices = ldmatrix(address, offset + columns, transposed=True)
+                found = [mma_k8(self.dtype, weight, b, total) for b, total in zip(matrices, found, strict=False)]
+            addends = ldmatrix(addend_rows, columns) if last and config.accumulate else [None] * TILES
+            for k, total, pull, addend in zip(tiles, found, pulls, addends, strict=False):
+                d_source = [total[e] + total[2 + e] for e in range(2)]
+                if pull is not None:
+                    d_source = [value + more for value, more in zip(d_source, pull, strict=True)]
+                if weights.unscale is not None:
+                    d_source = [value * weights.unscale for value in d_source]
+                if octet > 0:
+                    d_source = [d_source[e] + sums.d_sources[e, k] for e in range(2)]
+                if addend is not None:
+                    d_source = [value + old for value, old in zip(d_source, unpack(self.dtype, addend), strict=True)]
+                if last:
+                    packed = pack(self.dtype, *d_source)
+                    store_shared(stage, k * 16, [packed], lane.c < config.num_sources)
+                else:
+                    sums.d_sources[0, k], sums.d_sources[1, k] = d_source
+            cute.arch.sync_warp()
+        if last:
+            cute.arch.fence_view_async_shared()
+        cute.arch.sync_warp()
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive(memory.outputs_empty + output_index)
+            if last:
+                cute.arch.mbarrier_arrive(memory.sources_empty + source_index)
+                cute.arch.mbarrier_arrive(memory.staged + stage_index)
+
+    def source_products(self, weights: Weights, octet: int, sums: Sums) -> list[Product]:
+        """What is multiplied with sources after an item: octets of queries by twos, and at last the pull."""
+        last = octet == self.config.octets - 1
+        own = Product(weights.du, octet, weights.unscale)
+        if octet % 2 == 0 and not last:
+            for i, term in enumerate(weights.du):
+                sums.held[i] = term
+            if weights.unscale is not None:
+                sums.held_unscale[0] = weights.unscale
+            return []
+        products = [own]
+        if octet % 2:
+            held = [sums.held[i] for i in range(self.config.weight_terms)]
+            products = [Product(held, octet - 1, None if weights.unscale is None else sums.held_unscale[0]), own]
+        if last:
+            products.append(Product(weights.pull, None, None))
+        return products
+
+    def add_products(self, products: list[Product], row: Pair, r_du: cute.Tensor, tile: int) -> list[Float32] | None:
+        """Adds to du what a tile of sources gives; returns the pull if it is among the products.
+
+        Where fp32 gradients are wanted, products start from zero and are added in fp32 registers: the tensor core's
+        own sums are truncated, by 5e-6 over a hundred tokens. (And fp16 products have a scale of their own.)
+        """
+        pull = None
+        for i in range(0, len(products), 2):
+            pair = products[i : i + 2]
+            octets = [product.octet for product in pair]
+            # An operand of the mma has to be four registers in a row: du of one octet alone would be moved there.
+            apart = self.config.adds_apart or (self.config.octets > 1 and (None in octets or len(octets) == 1))
+            total = None
+            if not apart:
+                total = [Float32(0.0) if octet is None else r_du[e, tile, octet] for octet in octets for e in range(2)]
+            for term in range(max(len(product.terms) for product in pair)):
+                a = [product.terms[term] if term < len(product.terms) else Int32(0) for product in pair]
+                total = mma_k8(self.dtype, (a[0], a[1] if len(a) > 1 else Int32(0)), row, total)
+            for k, product in enumerate(pair):
+                part = total[2 * k : 2 * k + 2]
+                if product.octet is None:
+                    pull = part
+                    continue
+                for e in range(2):
+                    value = part[e] if product.unscale is None else part[e] * product.unscale
+                    old = r_du[e, tile, product.octet]
+                    r_du[e, tile, product.octet] = old + value if apart else value
+        return pull
+
+    def store_du(self, work: Work, lane: Lane, du: Int64, r_du: cute.Tensor) -> None:
+        """This warp's columns of the cluster's du."""
+        config = self.config
+        hidden_size = config.hidden_size
+        row = Int64(work.first * config.num_queries + lane.c)
+        address = du + (row * hidden_size + lane.column + lane.q * 2) * 4
+        for octet in range(config.octets):
+            there = octet * OCTET + lane.c < config.num_queries
+            for k in range(self.warp_columns // 8):
+                inside = there & (lane.column + k * 8 < hidden_size) if self.ragged else there
+                offset = (octet * OCTET * hidden_size + k * 8) * 4
+                store_pair(address, offset, [r_du[0, k, octet], r_du[1, k, octet]], inside)
