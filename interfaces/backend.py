@@ -156,12 +156,13 @@ def launcher(op: str, backend: str) -> Callable[..., None]:
 def launch(op: str, backend: str, device: torch.device, *arguments: Any, **precision: Any) -> None:
     """Runs a launcher with the tensors' device current. `precision`: scales and seed; those that are None are not passed."""
     run = launcher(op, backend)
-    asked = {name: value for name, value in precision.items() if value is not None}
+    if precision:
+        precision = {name: value for name, value in precision.items() if value is not None}
     if device.type != "cuda" or device.index == torch.cuda.current_device():
-        run(*arguments, **asked)
+        run(*arguments, **precision)
     else:
         with torch.cuda.device(device):
-            run(*arguments, **asked)
+            run(*arguments, **precision)
 
 
 _TREES = {"triton": "triton_ref", "cute": "cute_kernels"}

@@ -120,6 +120,8 @@ def check_phase_2(
     if output_rms_eps is not None:
         _eps("output_rms_eps", output_rms_eps)
     _number("scale", scale)
+    if storage is None and out_dtype is None and stochastic_seed is None:
+        return
     _format(storage)
     _out_dtype(out_dtype, partial_sum)
     _of_new_sum("storage", storage, delta)

@@ -198,8 +198,12 @@ def forward(
     rows = [partial if partial_values is None else partial_values, inter_out if inter_values is None else inter_values]
     storage = [contracts.rows(tensor) for tensor in (*rows, delta) if tensor is not None]
     stored = (out.dtype,) if new_partial is None else (out.dtype, new_partial.dtype)
-    scales = [None if value is None else contracts.vector(value) for value in (partial_scale, inter_scale, new_scale)]
-    scaled = any(value is not None for value in scales)
+    scaled = partial_scale is not None or inter_scale is not None or new_scale is not None
+    scales: list[Tensor | None] = [None] * 3
+    if scaled:
+        scales = [
+            None if value is None else contracts.vector(value) for value in (partial_scale, inter_scale, new_scale)
+        ]
     name = backends.choose(
         contracts.spec("phase2_fwd", storage, stored=stored, scaled=scaled, seed=seed), (backend, origin)
     )
