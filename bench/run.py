@@ -23,8 +23,6 @@ from bench.providers import PROVIDERS, Call, Provider, Unsupported
 from bench.timing import COPY, OutOfTime, Timed
 from bench.warm import warm
 
-WARM_SECONDS = 110.0
-PEER_SECONDS = 180.0  # of timing; afterwards peers run on headline cases alone, which come first
 FIRST_CALL_SECONDS = 40.0  # of one provider in one case: imports, compiles, autotunes
 BURST_SECONDS = 0.01
 ROUNDS = 7
@@ -35,8 +33,16 @@ FEW_JOBS = 12  # not worth starting processes for
 class Suite:
     """One run: the results so far, and who is measured."""
 
-    def __init__(self, device: torch.device, providers: list[Provider], path: Path, rounds: int, console: Console):
-        self.device = device
+    def __init__(
+        self,
+        device: torch.device,
+        providers: list[Provider],
+        path: Path,
+        rounds: int,
+        peer_seconds: float,
+        console: Console,
+    ):
+        self.device, self.peer_seconds = device, peer_seconds
         self.path, self.rounds, self.console = path, rounds, console
         self.data: dict[str, Any] = {"metadata": results.metadata(self.device), "missing": {}, "cases": []}
         reasons = {provider.name: provider.missing() for provider in providers}
@@ -52,7 +58,7 @@ class Suite:
     def run(self, case: Case) -> None:
         entry = results.entry(case)
         self.data["cases"].append(entry)
-        out_of_time = time.monotonic() - self.begun > PEER_SECONDS and not case.headline
+        out_of_time = time.monotonic() - self.begun > self.peer_seconds
         sets = [make_inputs(case, self.device, seed) for seed in range(case.sets(self.l2_bytes))]
         exact = sample(case, sets[0])
         timed: dict[str, Timed] = {COPY: self.copy}
@@ -140,6 +146,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--quick", action="store_true", help="headline cases, three rounds, no host and first-call cost"
     )
+    parser.add_argument(
+        "--peer-seconds", type=float, default=600.0, help="of timing, after which peers are skipped (default: 600)"
+    )
+    parser.add_argument("--warm-seconds", type=float, default=110.0, help="for compiling ahead (default: 110)")
     options = parser.parse_args(arguments)
     providers = _chosen(options.providers)
     cases = [case for case in CASES if options.cases in case.name and (case.headline or not options.quick)]
@@ -152,12 +162,13 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else 180)
     path = results.path_in(options.out, torch.cuda.get_device_name())
     device = torch.device("cuda", torch.cuda.current_device())
-    suite = Suite(device, providers, path, QUICK_ROUNDS if options.quick else ROUNDS, console)
+    rounds = QUICK_ROUNDS if options.quick else ROUNDS
+    suite = Suite(device, providers, path, rounds, options.peer_seconds, console)
     for name, reason in suite.data["missing"].items():
         console.print(f"{name}: {reason}", markup=False)
     jobs = [(case, p) for case in cases for p in suite.jobs(case) if p.name != "torch.compile"]
     if len(jobs) > FEW_JOBS:
-        console.print(warm(jobs, WARM_SECONDS))
+        console.print(warm(jobs, options.warm_seconds))
     return _measure(suite, cases, options.quick)
 
 

@@ -51,18 +51,20 @@ MAX_SLOTS = 32
 
 # Of the register kernel.
 # Up to so many tokens, a token is spread over up to so many CTAs: about one for each SM. On an H200, step at D 7168, L 9, us in a
-# CUDA graph with 1 / 2 / 7 CTAs a token: T 1: 4.5 / 3.2 / 2.4; T 16: 4.8 / 3.8 / 3.7; T 64: 6.0 / 5.2 / 6.3; T 128: 8.2 / 9.7 /
-# 10.0, and 8.7 with the ring, which wins from there on: T 256: 15.6 / 18.2 / 15.8, ring 13.6.
+# CUDA graph with 1 / 2 / 7 CTAs a token: T 1: 4.4 / 3.2 / 2.4; T 16: 4.8 / 3.8 / 3.7; T 64: 6.0 / 5.1 / 6.3; T 128: 8.2 / 9.7 /
+# 10.0, and 8.8 with the ring, which wins from there on: T 256: 15.6 / 18.1 / 15.8, ring 13.6.
 CLUSTERS = {16: 8, 66: 2, 132: 1}
 MANY_TOKENS = 1 << 31
-# With many tokens, it wins where a token is small. Shares of copy bandwidth on an H200 at T 8192, ring and registers: D 2048, L 2:
-# .80, .90; L 7: .96, .99; L 9: .97, .94; D 4096, L 5: .98, 1.01; L 9: 1.00, .75; D 7168, L 3: .96, 1.01; L 4: .96, .87.
+# With many tokens, it wins where a token is small, but not tiny. Shares of copy bandwidth on an H200 at T 8192, ring and registers:
+# D 384, L 4: .70, .62; D 1024, L 4: .75, .93; D 2048, L 2: .89, .95; L 8: .97, .99; L 9: .97, .96; D 4096, L 6: .98, 1.02; L 9:
+# .99, .75; D 7168, L 3: .97, 1.02; L 4: .96, .87.
+MIN_REGISTER_SIZE = 1024
 MAX_REGISTER_ROWS = 8
 MAX_REGISTER_ELEMENTS = 3 * 8192
 # Of a CTA then. On an H200, phase 2 at D 7168: 1.02 of copy bandwidth with 10 warps, .92 with 14.
 MAX_STREAM_WARPS = 10
 MIN_LOADS = 4  # of 16 bytes a thread. On an H200, D 2048, L 1: .82 with 4, .78 with 1.
-# Of a CTA with few tokens. On an H200, step at D 7168, L 9, T 64: 5.2 us with 7 warps, two vectors a thread, 5.5 us with 14.
+# Of a CTA with few tokens. On an H200, step at D 7168, L 9, T 64: 5.1 us with 7 warps, two vectors a thread, 5.5 us with 14.
 MAX_DECODE_WARPS = 8
 SPARE_REGISTERS = 14  # besides rows, query and two sums for each row; tests compile the tightest configurations
 
@@ -92,7 +94,7 @@ def refusal(
             num_queries=num_queries,
             byte_alignment=byte_alignment,
         )
-    if op not in ROW_OPS:
+    if op not in (*ROW_OPS, "mix_bwd"):
         return f"{op} has no CuTe kernel yet (backward runs on the Triton backend)"
     if dtype not in DTYPES:
         return f"dtype {str(dtype).removeprefix('torch.')} is not supported by {op}: use bfloat16 or float16"
@@ -103,6 +105,10 @@ def refusal(
         return f"{num_sources} sources: {op} takes 1 to {most}" + (" (blocks and prefix)" if op == "serve_step" else "")
     if byte_alignment < ALIGNMENT:
         return f"every row must start at a multiple of {ALIGNMENT} bytes, not of {byte_alignment}"
+    if op == "mix_bwd":
+        from cute_kernels.config_mix_bwd import mix_bwd_refusal
+
+        return mix_bwd_refusal(hidden_size, num_sources)
     return None
 
 
@@ -133,7 +139,8 @@ class RingTile:
         """With a full warpgroup of producers, consumers take over their registers (setmaxnreg); 0 leaves the launch's share."""
         if self.producer_warps < 4:
             return 0
-        left = REGISTER_FILE - self.producer_warps * LANES * PRODUCER_REGISTERS
+        launched = REGISTER_FILE // self.threads // 8 * 8 * self.threads
+        left = launched - self.producer_warps * LANES * PRODUCER_REGISTERS
         return min(left // (self.consumer_warps * LANES) // 8 * 8, 240)
 
     @property
@@ -285,18 +292,15 @@ def row_tile(
     delta: bool = False,
     output_norm: bool = False,
 ) -> RingTile | RegisterTile:
-    """Registers for few tokens and for small ones, else the ring."""
+    """Registers for few tokens and for small ones, where they can take all rows at once; else the ring."""
     rows = num_sources + merge + delta
-    if tokens <= max(CLUSTERS):
-        tile = decode_tile(hidden_size, CLUSTERS[token_class(tokens)])
-    elif rows <= MAX_REGISTER_ROWS and rows * hidden_size <= MAX_REGISTER_ELEMENTS:
-        tile = stream_tile(hidden_size, rows)
-    else:
-        return ring_tile(hidden_size, num_sources, merge=merge, delta=delta, output_norm=output_norm)
+    few = tokens <= max(CLUSTERS)
+    small = MIN_REGISTER_SIZE <= hidden_size <= MAX_REGISTER_ELEMENTS // rows and rows <= MAX_REGISTER_ROWS
+    tile = decode_tile(hidden_size, CLUSTERS[token_class(tokens)]) if few else stream_tile(hidden_size, rows)
     needed = tile.vectors(hidden_size) * (4 * rows + VECTOR) + 2 * num_sources + SPARE_REGISTERS
-    if needed > tile.registers:
-        return ring_tile(hidden_size, num_sources, merge=merge, delta=delta, output_norm=output_norm)
-    return tile
+    if (few or small) and needed <= tile.registers:
+        return tile
+    return ring_tile(hidden_size, num_sources, merge=merge, delta=delta, output_norm=output_norm)
 
 
 def decode_tile(hidden_size: int, most: int) -> RegisterTile:
@@ -451,6 +455,7 @@ def representative_configs() -> Iterator[tuple[str, Callable[[Any], Any], Any]]:
     yield "mix_fwd", build, row_config("mix_fwd", bf16, 2048, 32, fp32, fp32, fp32, **saved, mixed=True)
     yield "mix_fwd", build, row_config("mix_fwd", bf16, 8192, 32, bf16, weights=True)
     yield "mix_fwd", build, row_config("mix_fwd", fp16, 384, 9, fp32, **saved)
+    yield "mix_fwd", build, row_config("mix_fwd", bf16, 8, 1, bf16)
     yield "serve_step", build, row_config("serve_step", bf16, 7168, 9, fp32, bf16, bf16, delta=True)
     yield "serve_step", build, row_config("serve_step", bf16, 4096, 9, bf16, bf16, bf16, delta=True, write_block=True)
     yield "serve_step", build, row_config("serve_step", fp16, 2048, 17, bf16, fp16, fp16, delta=True)
@@ -460,7 +465,6 @@ def representative_configs() -> Iterator[tuple[str, Callable[[Any], Any], Any]]:
     yield "mix_fwd", build, row_config("mix_fwd", bf16, 4096, 5, bf16)
     yield "mix_fwd", build, row_config("mix_fwd", bf16, 7168, 3, fp32, fp32, fp32, **saved, mixed=True, weights=True)
     yield "mix_fwd", build, row_config("mix_fwd", fp16, 2304, 8, fp16, **saved)
-    yield "mix_fwd", build, row_config("mix_fwd", bf16, 8, 1, bf16)
     yield "serve_step", build, row_config("serve_step", bf16, 7168, 1, bf16, bf16, write_block=True)
     for hidden_size in (2048, 7168):
         plain: dict[str, Any] = {"merge": True}
@@ -473,6 +477,7 @@ def representative_configs() -> Iterator[tuple[str, Callable[[Any], Any], Any]]:
         step = ("serve_step", bf16, 7168, 9, bf16, bf16, bf16)
         yield "serve_step", build, row_config(*step, tokens=tokens, delta=True, write_block=True)
         yield "phase2_fwd", build, row_config("phase2_fwd", fp16, 2304, 1, fp32, tokens=tokens, **logit)
+    yield "mix_fwd", build, row_config("mix_fwd", bf16, 8, 1, bf16, tokens=1)
     yield "mix_fwd", build, row_config("mix_fwd", fp16, 4096, 17, fp32, tokens=1, **saved, mixed=True, weights=True)
     for dtypes in (
         (bf16, bf16, bf16, bf16),
@@ -482,10 +487,12 @@ def representative_configs() -> Iterator[tuple[str, Callable[[Any], Any], Any]]:
         (None, fp16, fp16, None),
     ):
         yield "query_grad", query_grad.build, query_grad_config(*dtypes)
+    from cute_kernels.config_mix_bwd import mix_bwd_configs
     from cute_kernels.config_phase1 import phase1_configs
     from cute_kernels.config_phase1_bwd import phase1_bwd_configs
     from cute_kernels.config_phase2_bwd import phase2_bwd_configs
 
+    yield from mix_bwd_configs()
     yield from phase1_configs()
     yield from phase1_bwd_configs()
     yield from phase2_bwd_configs()

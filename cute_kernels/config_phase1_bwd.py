@@ -22,22 +22,24 @@ MAX_QUERIES = 32
 STEP = 32  # columns that one ldmatrix covers
 PIECE = 16  # a warp's columns are a multiple of it
 MAX_WARPS = 8
-OTHER_WARPS = 4  # a warpgroup: loads, statistics, stores, loads of what is added to
-# Of the statistics warp and of a consumer, after setmaxnreg
+OTHER_WARPS = 4  # a warpgroup: loads, stores, loads of what is added to
+# Of a loading warp and of a consumer, after setmaxnreg
 OTHER_REGISTERS = 40
 CONSUMER_REGISTERS = 232
 # Of a consumer, for gradients, and columns of one warp: more spilled. Where du is added apart from the tensor core, more
-# than 96 spill, too; those shapes that fit no other way spill up to 100 bytes (S = 24 at D = 7168, fp32 queries).
+# than 48 spilled; those shapes that fit no other way spill up to 100 bytes (S = 24 at D = 7168, fp32 queries).
 GRADIENT_REGISTERS = 112
-APART_REGISTERS = 96
+APART_REGISTERS = 48
 MAX_COLUMNS = 256
+# Of gradients, that leave some for the rows of a mix's next step
+AHEAD_REGISTERS = 72
+APART_AHEAD_REGISTERS = 40
 MAX_SLOTS = 4  # of tokens
-SCRATCH_BYTES = 1024  # alignment of the allocation
+SCRATCH_BYTES = 128  # alignment of the allocation
 
-# Of an item, an octet of queries of one token; all fp32. Products [8, 8]:
-PARTIAL_BYTES = 256
-# p and logits [8, 8], two factors of the sources [8], d_lse [8]
-P_AT, LOGITS_AT, FACTORS_AT, PULLS_AT, D_LSE_AT, STATISTICS_BYTES = 0, 256, 512, 544, 576, 608
+# Of an item, up to two octets of a token's queries; all fp32: p and logits [16, 8], two factors of the sources [8],
+# d_lse [16]
+P_AT, LOGITS_AT, FACTORS_AT, PULLS_AT, D_LSE_AT, STATISTICS_BYTES = 0, 512, 1024, 1056, 1088, 1152
 BUFFERS = 4  # of them; device/phase1_bwd.py says why
 
 
@@ -48,6 +50,7 @@ class Phase1BwdTile:
     cluster: int
     warps: int
     columns: int  # of one warp
+    item_octets: int  # 1 or 2 octets of queries that are worked on together
     source_slots: int  # a slot holds one token's sources
     output_slots: int  # a slot holds the gradients of one octet of outputs
     stages: int  # a stage holds the gradients of one token's sources
@@ -141,10 +144,26 @@ class Phase1BwdConfig:
         return self.query_terms * self.num_queries * self.tile.row_bytes
 
     @property
+    def items(self) -> int:
+        """Of a token."""
+        return ceil_div(self.octets, self.tile.item_octets)
+
+    @property
+    def partial_bytes(self) -> int:
+        """One warp's products of an item: [16, 8]."""
+        return min(self.octets, self.tile.item_octets) * 256
+
+    @property
+    def partial_buffers(self) -> int:
+        return BUFFERS if self.tile.cluster == 1 else 2
+
+    @property
     def exchange_bytes(self) -> int:
         """Statistics, each warp's sums and, over a cluster, each CTA's."""
-        shares = self.tile.warps + (self.tile.cluster if self.tile.cluster > 1 else 0)
-        return BUFFERS * (shares * PARTIAL_BYTES + STATISTICS_BYTES)
+        shares = self.partial_buffers * self.tile.warps
+        if self.tile.cluster > 1:
+            shares += BUFFERS * self.tile.cluster
+        return BUFFERS * STATISTICS_BYTES + shares * self.partial_bytes
 
     @property
     def shared_bytes(self) -> int:
@@ -155,8 +174,8 @@ class Phase1BwdConfig:
 
     @property
     def gradient_registers(self) -> int:
-        """Of a consumer: for du and, where they are added up over octets, the sources' gradients."""
-        return (self.octets + (self.octets > 1)) * self.tile.columns // 4
+        """Of a consumer: for du and, where they are added up over items, the sources' gradients."""
+        return (self.octets + (self.items > 1)) * self.tile.columns // 4
 
     @property
     def threads(self) -> int:
@@ -180,26 +199,33 @@ def phase1_bwd_config(
     accumulate: bool = False,
 ) -> Phase1BwdConfig | None:
     """The configuration of a launch, or None where a token's rows or the queries' gradients do not fit a cluster of 8."""
-    tile = Phase1BwdTile(1, 1, PIECE, 2, 2, 1)
+    tile = Phase1BwdTile(1, 1, PIECE, 1, 2, 2, 1)
     config = Phase1BwdConfig(dtype, query, key_weight, hidden_size, num_sources, num_queries, d_lse, accumulate, tile)
     # Two tokens are in work at once, so a third is what loads go to meanwhile (measured on an H200, with two: 0.848 ->
     # 0.507 of copy bandwidth); of more than one octet, some are free earlier.
     octets, registers = config.octets, APART_REGISTERS if config.adds_apart else GRADIENT_REGISTERS
-    for sources, outputs, most in (
-        (3, 3 * octets, registers),
-        (2, 2 * octets + 1, registers),
-        (2, octets + 1, registers),
-        (2, 2, GRADIENT_REGISTERS),
+    pair = min(octets, 2)
+    # Octets of two items, the least that a ring must hold
+    least = 2 * pair - (octets > 2) * octets % 2
+    for item_octets, sources, outputs, most in (
+        (pair, 3, 3 * octets, registers),
+        (pair, 2, 2 * octets + 1, registers),
+        (pair, 2, least, registers),
+        (pair, 2, least, GRADIENT_REGISTERS),
+        (1, 2, 2, GRADIENT_REGISTERS),
     ):
-        for tile in _tiles(hidden_size, sources, outputs):
+        for cluster, warps, columns in _splits(hidden_size):
+            tile = Phase1BwdTile(cluster, warps, columns, item_octets, sources, outputs, 1)
             found = dataclasses.replace(config, tile=tile)
             if found.shared_bytes <= SHARED_BYTES and found.gradient_registers <= most:
                 return _fill(found)
     return None
 
 
-def _tiles(hidden_size: int, sources: int, outputs: int) -> Iterator[Phase1BwdTile]:
-    """The smallest clusters first; of one size, the least padding, then the most warps."""
+def _splits(hidden_size: int) -> Iterator[tuple[int, int, int]]:
+    """(cluster, warps, columns of a warp): the smallest clusters first; of one size, the least padding, then the most
+    warps.
+    """
     pieces = ceil_div(hidden_size, PIECE)
     for cluster in (1, 2, 4, 8):
         per_cta = ceil_div(pieces, cluster)
@@ -208,7 +234,7 @@ def _tiles(hidden_size: int, sources: int, outputs: int) -> Iterator[Phase1BwdTi
         fewest = ceil_div(per_cta, MAX_WARPS)
         for per_warp in sorted((fewest, fewest + 1), key=lambda k: (ceil_div(per_cta, k) * k, k)):
             if per_warp * PIECE <= MAX_COLUMNS:
-                yield Phase1BwdTile(cluster, ceil_div(per_cta, per_warp), per_warp * PIECE, sources, outputs, 1)
+                yield cluster, ceil_div(per_cta, per_warp), per_warp * PIECE
 
 
 def _fill(config: Phase1BwdConfig) -> Phase1BwdConfig:

@@ -47,7 +47,7 @@ def test_accepts(op: str, hidden_size: int) -> None:
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"op": "mix_bwd"}, "mix_bwd has no CuTe kernel yet"),
+        ({"op": "phase2_bwd"}, "phase2_bwd has no CuTe kernel yet"),
         ({"dtype": torch.float32}, "dtype float32 is not supported by mix_fwd: use bfloat16 or float16"),
         ({"hidden_size": 12}, "hidden size 12 must be a multiple of 8"),
         ({"hidden_size": 8200}, "hidden size 8200 must be a multiple of 8 and at most 8192"),
@@ -132,6 +132,14 @@ def test_few_tokens_are_spread_over_a_cluster() -> None:
     assert row_tile(4096, 9, 1) == RegisterTile(2, 8)
     assert row_tile(2304, 9, 1) == RegisterTile(2, 5)
     assert row_tile(8, 1, 1) == RegisterTile(1, 1)  # no CTA without a column
+
+
+def test_small_tokens_go_straight_to_registers() -> None:
+    assert row_tile(2048, 1, merge=True) == RegisterTile(4)
+    assert row_tile(4096, 6) == RegisterTile(8)
+    assert row_tile(7168, 1, merge=True, delta=True) == RegisterTile(10)
+    for hidden_size, num_sources in ((384, 4), (1024, 9), (7168, 4)):
+        assert row_tile(hidden_size, num_sources) == ring_tile(hidden_size, num_sources)
 
 
 @pytest.fixture

@@ -73,13 +73,73 @@ def test_same_inputs_same_bits(op: str, backend: str) -> None:
         assert all(torch.equal(a.nan_to_num(nan=0.5), b.nan_to_num(nan=0.5)) for a, b in pairs), name
 
 
+# What decides how the gradient's kernel works: vectors a thread, padding, parts of 16 sources, clusters that share a row.
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(1, 8, 1),
+        Shape(300, 1000, 17),
+        Shape(1000, 4104, 3, output_norm=False),
+        Shape(300, 7168, 17),
+        Shape(5, 8192, 9),
+    ],
+    ids=lambda shape: shape.for_op("mix"),
+)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "bf16/fp32"])
+@pytest.mark.usefixtures("poison")
+def test_mix_gradients_on_cute(dtype: str, shape: Shape, ran: list[tuple[str, str]]) -> None:
+    case = inputs.make_case("mix", shape, dtype=dtype, device="cuda", seed=12)
+    measured = numerics.judge_all(
+        call_or_skip(case, "cute"), oracle.reference("mix", case.arguments, case.grad_outputs)
+    )
+    assert {name: found for name, found in measured.items() if not found.ok} == {}
+    assert ran == [("mix_fwd", "cute"), ("mix_bwd", "cute")]
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_small_case(op: str) -> None:
-    """What `make sanitize` runs: one small call of each CuTe kernel, with every optional part."""
+    """What `make sanitize` runs: one small call of each CuTe kernel, with every optional part, and its gradient."""
     case = inputs.make_case(op, Shape(300, 384, 5, 8), dtype="bf16/fp32", device="cuda")
     for name, value in report.call(case, "cute").items():
         for tensor in value if isinstance(value, list) else [value]:
             assert name == "blocks" or tensor.isfinite().all(), name
+
+
+def test_small_case_of_phase_1_backward() -> None:
+    """What `make sanitize` runs, over one CTA and over a cluster, with one item a token and with two."""
+    for size, queries in ((384, 12), (4096, 8), (2048, 24)):
+        shape = Shape(40, size, 5, queries)
+        case = inputs.make_case("phase1", shape, dtype="bf16/fp32", device="cuda")
+        results = report.call(case, "cute")
+        torch.cuda.synchronize()
+        assert results["d_pseudo_queries"].isfinite().all()
+
+
+@pytest.mark.parametrize(("tokens", "size", "depth", "queries"), [(257, 2048, 4, 8), (7, 384, 5, 3), (33, 7168, 8, 24)])
+@pytest.mark.parametrize("query", [torch.bfloat16, torch.float32])
+def test_phase_1_backward_adds_to_gradients(
+    tokens: int, size: int, depth: int, queries: int, query: torch.dtype
+) -> None:
+    """One rounding of the sum: what the sources' gradients held before enters it in float32."""
+    from cute_kernels.phase1_bwd import phase1_bwd
+    from cute_kernels.phase1_fwd import phase1_fwd
+
+    shape = Shape(tokens, size, depth, queries, key_weight=False)
+    case = inputs.make_case("phase1", shape, dtype="bf16", device="cuda", seed=5)
+    sources, given = case.arguments["block_representations"], case.arguments["pseudo_queries"].to(query)
+    d_out, d_lse = case.grad_outputs["out"], case.grad_outputs["lse"]
+    lse, logits = d_lse.new_empty(queries, tokens), d_lse.new_empty(queries, depth, tokens)
+    rstd = d_lse.new_empty(depth, tokens)
+    phase1_fwd(sources, given, None, inputs.EPS, 1.0, torch.empty_like(d_out), lse, logits, rstd)
+    arguments = case.arguments | {"pseudo_queries": given}
+    exact = oracle.reference("phase1", arguments, case.grad_outputs)["d_block_representations"].exact
+    before = [torch.randn_like(source) for source in sources]
+    added = [value.clone() for value in before]
+    d_queries = torch.full_like(given, torch.nan)
+    phase1_bwd(d_out, d_lse, sources, given, None, inputs.EPS, 1.0, lse, logits, rstd, added, True, d_queries, None)
+    for found, old, gradient in zip(added, before, exact, strict=True):
+        assert numerics.judge(found, gradient + old.double(), kind="gradient").ok
+    assert d_queries.isfinite().all()
 
 
 @pytest.mark.parametrize("backend", ["triton", "cute"])
@@ -94,10 +154,9 @@ def test_offsets_past_two_to_the_31(backend: str) -> None:
         prefix = source.clone()
         attnres.attn_res_step(prefix, source, source[:, None], None, query, None, 1, -1, 1e-6, 1e-6)
     del out, lse, prefix
-    if backend == "triton":
-        source.requires_grad_()
-        with attnres.checked("sample"):
-            attnres.attn_res(query, [source], backend=backend).backward(torch.ones_like(source))
+    source.requires_grad_()
+    with attnres.checked("sample"):
+        attnres.attn_res(query, [source], backend=backend).backward(torch.ones_like(source))
 
 
 @pytest.mark.parametrize("backend", ["triton", "cute"])
@@ -187,12 +246,8 @@ def test_auto_takes_the_first_backend_that_can(ran: list[tuple[str, str]]) -> No
     auto(torch.bfloat16, 64)
     auto(torch.bfloat16, 7186)
     auto(torch.float32, 64)
-    hopper = torch.cuda.get_device_capability() == (9, 0)
-    assert ran == [
-        ("mix_fwd", "cute" if hopper else "triton"),
-        ("mix_bwd", "triton"),
-        *[("mix_fwd", "triton"), ("mix_bwd", "triton")] * 2,
-    ]
+    first = "cute" if torch.cuda.get_device_capability() == (9, 0) else "triton"
+    assert ran == [("mix_fwd", first), ("mix_bwd", first), *[("mix_fwd", "triton"), ("mix_bwd", "triton")] * 2]
 
 
 def test_cute_refuses_with_the_reason() -> None:

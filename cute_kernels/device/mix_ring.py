@@ -27,6 +27,11 @@ from cute_kernels.device.rows import LANES, GroupExchange, RowTile, vector_fp32
 
 
 class RingKernel(RowMix):
+    @property
+    def columns(self) -> int:
+        """Of a row that a CTA works on."""
+        return self.config.hidden_size
+
     @cute.jit
     def __call__(
         self,
@@ -98,23 +103,25 @@ class RingKernel(RowMix):
     def stage_weight(self, tid: Int32, s_weight: cute.Tensor, operands: Operands):
         """The output norm's weight to shared memory, by the first group."""
         if tid < self.tile.warps * LANES:
-            part = RowTile(self.config.hidden_size, self.tile.warps, tid)
+            part = RowTile(self.columns, self.tile.warps, tid)
+            r_stored = self.load_parameter(part, self.config.output_weight, operands.output_weight)
             r_weight = part.fragment(Float32)
-            r_weight.store(
-                self.load_parameter(part, self.config.output_weight, operands.output_weight).load().to(Float32)
-            )
+            r_weight.store(r_stored.load().to(Float32))
             cute.autovec_copy(r_weight, part.view(s_weight))
 
-    def token_count(self, scalars: Scalars) -> Int32:
-        """Tokens of this CTA: block, block + grid, block + 2 grid, ..."""
+    def turns(self) -> tuple[Int32, Int32]:
+        """(first token, tokens from one turn to the next) of this CTA."""
         block, _, _ = cute.arch.block_idx()
         grid, _, _ = cute.arch.grid_dim()
-        return (scalars.tokens - block + grid - 1) // grid
+        return block, grid
+
+    def token_count(self, scalars: Scalars) -> Int32:
+        first, step = self.turns()
+        return (scalars.tokens - first + step - 1) // step
 
     def token(self, turn: Int32) -> Int32:
-        block, _, _ = cute.arch.block_idx()
-        grid, _, _ = cute.arch.grid_dim()
-        return block + turn * grid
+        first, step = self.turns()
+        return first + turn * step
 
     @cute.jit
     def produce(self, producer: Int32, rings: RowRings, table: RowTable, scalars: Scalars):
@@ -139,7 +146,7 @@ class RingKernel(RowMix):
         ring.acquire(state, rows if const_expr(count % rows == 0) else cutlass.min(rows, count - first))
         for r in cutlass.range_constexpr(rows):
             if const_expr(count % rows == 0) or first + r < count:
-                ring.copy(state, r, table.row(self.dtype, first + r, token, self.config.hidden_size))
+                ring.copy(state, r, table.row(self.dtype, first + r, token, self.columns))
 
     @cute.jit
     def consume(self, tid, warp, rings, s_partials, s_weight, operands: Operands, scalars: Scalars):
@@ -174,10 +181,10 @@ class RingKernel(RowMix):
 
 
 class RowReader:
-    """The rows of one token from a ring, one after the other, each in registers as stored."""
+    """The rows of one token from a ring, one after the other, each in registers as stored; `keep` leaves them in the ring."""
 
-    def __init__(self, config: RowConfig, ring: RowRing, state: PipelineState, part: RowTile):
-        self.config, self.ring, self.state, self.part, self.count = config, ring, state, part, 0
+    def __init__(self, config: RowConfig, ring: RowRing, state: PipelineState, part: RowTile, keep: bool = False):
+        self.config, self.ring, self.state, self.part, self.keep, self.count = config, ring, state, part, keep, 0
         self.finished: PipelineState | None = None
 
     def next(self) -> cute.Tensor:
@@ -186,18 +193,21 @@ class RowReader:
         A slot is given back only after the next row's loads have been issued (`release` does it at the end of a chunk): an arrive
         waits for the loads before it, and so would the arithmetic.
         """
-        in_slot = self.count % self.config.tile.rows
-        self.count += 1
         # For a slot's later rows the wait is over already, but its branch keeps the compiler from loading them all up front,
         # which spilled.
         self.ring.wait(self.state)
         r_row = self.part.fragment(self.ring.dtype)
-        cute.autovec_copy(self.part.view(self.ring.row(self.state, in_slot)), r_row)
+        cute.autovec_copy(self.part.view(self.ring.row(self.state, self.count % self.config.tile.rows)), r_row)
         self.release()
-        if in_slot == self.config.tile.rows - 1 or self.count == self.config.rows_per_token:
-            self.finished = self.state.clone()
-            self.state.advance()
+        self.skip()
         return r_row
+
+    def skip(self) -> None:
+        """Goes on to the next row."""
+        self.count += 1
+        if self.count % self.config.tile.rows == 0 or self.count == self.config.rows_per_token:
+            self.finished = None if self.keep else self.state.clone()
+            self.state.advance()
 
     def release(self) -> None:
         """Gives back the slot whose last row has been read, if there is one."""

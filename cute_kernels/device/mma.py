@@ -84,15 +84,15 @@ def mma_k8(dtype: type[Numeric], a: tuple[Pair, Pair], b: Pair, c: list[Float32]
     return ptx(text, [Float32] * 4, operands, effects=False)
 
 
-def ldmatrix(address: Int32, offset: int, transposed: bool = False) -> list[Pair]:
-    """Four 8x8 matrices of 2-byte elements; lane l gives the address of row l % 8 of matrix l // 8.
+def ldmatrix(address: Int32, offset: int, transposed: bool = False, count: int = 4) -> list[Pair]:
+    """2 or 4 8x8 matrices of 2-byte elements; lane l gives the address of row l % 8 of matrix l // 8.
 
     From each matrix a lane gets the pair (row c, columns 2q and 2q + 1): matrix rows as columns of B. Transposed, it
     gets (rows 2q and 2q + 1, column c): matrix rows as rows of B.
     """
     trans = ".trans" if transposed else ""
-    text = f"ldmatrix.sync.aligned.m8n8.x4{trans}.shared.b16 {{$0,$1,$2,$3}},[$4+{offset}];"
-    return ptx(text, [Int32] * 4, [address], effects=True)
+    text = f"ldmatrix.sync.aligned.m8n8.x{count}{trans}.shared.b16 {{{_slots(0, count)}}},[${count}+{offset}];"
+    return ptx(text, [Int32] * count, [address], effects=True)
 
 
 def transpose(pair: Pair) -> Pair:

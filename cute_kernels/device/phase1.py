@@ -39,6 +39,7 @@ from cute_kernels.config_phase1 import (
     QUERY_REGISTERS,
     Phase1Config,
 )
+from cute_kernels.device.cluster import Work, cluster_work, sync_cluster
 from cute_kernels.device.mma import (
     Octet,
     Pair,
@@ -100,19 +101,6 @@ class Memory:
         # [2 or 4 buffers]: every share of the totals is there
         self.reduced_ready = self.partial_ready + (0 if tile.direct else 2)
         self.reduced_ready_address = Int32(self.reduced_ready.toint())
-
-
-class Work(NamedTuple):
-    """Which items this cluster takes, and this CTA's part of them."""
-
-    rank: Int32  # of the CTA in its cluster
-    first: Int32
-    step: Int32
-    items: Int32
-    tokens: Int32  # T
-
-    def item(self, turn: Int32) -> Int32:
-        return self.first + turn * self.step
 
 
 class Lane(NamedTuple):
@@ -240,7 +228,7 @@ class Phase1Kernel:
         if const_expr(self.ragged or self.vacant_rows):
             self.clear(memory, thread)
         cute.arch.mbarrier_init_fence()
-        self.sync()
+        sync_cluster(tile.cluster)
         # The launch overlaps the kernel before, up to here.
         cute.arch.griddepcontrol_wait()
 
@@ -249,38 +237,19 @@ class Phase1Kernel:
                 cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
             if warp == tile.warps:
                 with cute.arch.elect_one():
-                    self.produce(memory, self.work(tokens), sources, strides)
+                    self.produce(memory, cluster_work(tile.cluster, tokens, self.shape.tokens), sources, strides)
                 cute.arch.sync_warp()
         else:
             if const_expr(self.config.producer_warps > 1):
                 cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
-            work = self.work(tokens)
+            work = cluster_work(tile.cluster, tokens, self.shape.tokens)
             outputs = Outputs(out, lse, logits, rstd)
             lane = self.place(memory, work, warp, thread % LANES)
             given = self.load_queries(memory, lane, queries, query_stride, key_weights, key_weight_stride)
             self.consume(memory, work, lane, given, outputs, eps, scale)
         if const_expr(tile.cluster > 1):
             # No CTA may leave while another can still write to its shared memory.
-            self.sync()
-
-    def work(self, tokens: Int32) -> Work:
-        """By each role for itself: kept across the branch, its numbers were spilled for want of producer registers."""
-        cluster = self.tile.cluster
-        block, _, _ = cute.arch.block_idx()
-        blocks, _, _ = cute.arch.grid_dim()
-        rank = cute.arch.block_idx_in_cluster() if cluster > 1 else Int32(0)
-        items = (tokens + (self.shape.tokens - 1)) // self.shape.tokens
-        first, step = block // cluster, blocks // cluster
-        return Work(rank, first, step, (items - first + step - 1) // step, tokens)
-
-    def sync(self) -> None:
-        """All threads of the cluster."""
-        cute.arch.sync_warp()
-        if self.tile.cluster > 1:
-            cute.arch.cluster_arrive()
-            cute.arch.cluster_wait()
-        else:
-            cute.arch.barrier()
+            sync_cluster(tile.cluster)
 
     def init_barriers(self, memory: Memory) -> None:
         tile = self.tile

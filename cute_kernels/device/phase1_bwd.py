@@ -3,20 +3,19 @@
     a_sn = <do_s, v_n>      h_sn = p_sn (a_sn - sum_k p_sk a_sk + d_lse_s)      g_sn = scale * rstd_n * h_sn
     d_v_n = sum_s p_sn do_s + sum_s g_sn u_s - (rstd_n^2 / D) (sum_s logit_sn h_sn) v_n      du_s = sum_tokens sum_n g_sn v_n
 
-An *item* is an octet of queries of one token: gradients of different queries meet only in d_v, whose sums stay in
-registers from a token's first item to its last. The hidden dimension is split over the CTAs of a cluster, then over
-consumer warps; all walk the same items. Per item, a warp does
+An *item* is up to 16 queries of one token, one or two *octets* of an mma; gradients of different queries meet only in
+d_v, whose sums stay in registers from a token's first item to its last. The hidden dimension is split over the CTAs of a
+cluster, then over consumer warps; all walk the same items. Per item, a warp does
 
-    products   gradients of outputs [8 x D-slice] times sources^T [D-slice x 8]
+    products   gradients of outputs [16 x D-slice] times sources^T [D-slice x 8]
     exchange   sums of these over all warps and CTAs: each warp adds up one share and sends it to every CTA
     weights    in every warp, from the sums: p, g and the pull become mma operands in place
-    mix        p^T and g^T [8 high and 8 low x 8] times gradients of outputs and queries [8 x D-slice]; and, two of
-               them together, g of the items and the pull [8 x 8] times sources [8 x D-slice], which adds to du in
-               registers
+    mix        p^T and g^T [8 high and 8 low x 16] times gradients of outputs and queries [16 x D-slice], and
+               g and the pull [16 x 8] times sources [8 x D-slice], which adds to du in registers
 
 in the order products(i + 1), exchange(i + 1), weights(i), mix(i), so that sums have a mix's time to cross the cluster.
-Three more warps work beside them: one keeps two rings full, of tokens' sources and of items' gradients; one fetches
-the items' statistics; one stores the sources' gradients that consumers stage in shared memory.
+One more warp keeps two rings full, of tokens' sources and of octets' gradients; another stores the sources' gradients
+that consumers stage in shared memory.
 
 Rows are read from device memory once. Deterministic: every sum has a fixed order.
 """
@@ -30,8 +29,10 @@ from cutlass import Float16, Float32, Int32, Int64, const_expr
 from cutlass.memory import SmemAllocator
 
 from cute_kernels.config import ITEM_BYTES, LANES, VECTOR
-from cute_kernels.config_phase1 import OCTET
+from cute_kernels.config_phase1 import OCTET, ceil_div
 from cute_kernels.config_phase1_bwd import (
+    AHEAD_REGISTERS,
+    APART_AHEAD_REGISTERS,
     BUFFERS,
     CONSUMER_REGISTERS,
     D_LSE_AT,
@@ -39,13 +40,14 @@ from cute_kernels.config_phase1_bwd import (
     LOGITS_AT,
     OTHER_REGISTERS,
     P_AT,
-    PARTIAL_BYTES,
+    PIECE,
     PULLS_AT,
     SCRATCH_BYTES,
     STATISTICS_BYTES,
     STEP,
     Phase1BwdConfig,
 )
+from cute_kernels.device.cluster import Work, cluster_work, sync_cluster
 from cute_kernels.device.mma import (
     Pair,
     bulk_load,
@@ -64,13 +66,13 @@ from cute_kernels.device.mma import (
     transpose,
     unpack,
 )
-from cute_kernels.device.phase1 import TYPES, ChainedSum, QueryReader, Work
+from cute_kernels.device.phase1 import TYPES, ChainedSum, QueryReader
 from cute_kernels.device.pipelines import EVICT_FIRST, producer_state
 from cute_kernels.device.rows import add, exp_difference, tree
 
 ITEM = ITEM_BYTES
 TILES = STEP // 8  # mma tiles of columns that one ldmatrix covers
-CONSUMERS = 1  # the named barrier of consumers and the statistics warp
+CONSUMERS = 1  # their named barrier
 
 
 class Memory:
@@ -92,10 +94,10 @@ class Memory:
         # [BUFFERS, STATISTICS_BYTES]
         statistics_at = stage_at + tile.stages * config.stage_bytes
         self.statistics = self.sources + statistics_at
-        # [BUFFERS, warps, PARTIAL_BYTES]
+        # [partial_buffers, warps, partial_bytes]
         self.partial = self.statistics + BUFFERS * STATISTICS_BYTES
-        # [BUFFERS, CTAs of the cluster, PARTIAL_BYTES]
-        self.reduced = self.partial + BUFFERS * tile.warps * PARTIAL_BYTES
+        # [BUFFERS, CTAs of the cluster, partial_bytes]
+        self.reduced = self.partial + config.partial_buffers * tile.warps * config.partial_bytes
         barriers = cute.recast_ptr(base + (statistics_at + config.exchange_bytes), dtype=Int64)
         # [slots]: the slot's bytes have landed; every warp is done with it
         self.sources_full, self.sources_empty = barriers, barriers + tile.source_slots
@@ -129,16 +131,25 @@ class Statistics(NamedTuple):
     d_lse: Int64  # [S, T]
 
 
-class Weights(NamedTuple):
-    """An item's weights as mma operands."""
+class Item(NamedTuple):
+    """One or two octets of a token's queries."""
 
-    # (high, low): rows are sources, K the queries
-    p: tuple[Pair, Pair]
-    g: tuple[Pair, Pair]
-    # [terms]: rows are queries, K the sources
-    du: list[Pair]
-    # (high, low), on the diagonal of sources and sources: with a token's last item only
-    pull: list[Pair]
+    turn: Int32
+    number: int  # in its token
+    octets: range
+    first: bool
+    last: bool
+    index: Int32  # over all items
+
+
+class Weights(NamedTuple):
+    """An item's weights as mma operands; the octets in turn."""
+
+    # (high, low): rows are sources, K the octet's queries
+    p: list[tuple[Pair, Pair]]
+    g: list[tuple[Pair, Pair]]
+    # what is multiplied with sources: terms of the octets' g, then, at a token's last item, of the pull on its diagonal
+    of_sources: list[list[Pair]]
     # undoes the power of two of fp16 weights
     unscale: Float32 | None
 
@@ -149,17 +160,6 @@ class Sums(NamedTuple):
     du: cute.Tensor  # (2, tiles, octets): over all tokens
     d_sources: cute.Tensor  # (2, tiles): over the items of a token
     pull: cute.Tensor  # (2,): this lane's part for sources 2q and 2q + 1, over the items of a token
-    # What an even octet leaves to the next one, so that their products with sources fill an mma: terms, unscale
-    held: cute.Tensor
-    held_unscale: cute.Tensor
-
-
-class Product(NamedTuple):
-    """Eight rows of an mma with sources."""
-
-    terms: list[Pair]
-    octet: int | None  # of du; None: the pull
-    unscale: Float32 | None
 
 
 class Phase1BwdKernel:
@@ -168,6 +168,8 @@ class Phase1BwdKernel:
         self.dtype = TYPES[config.dtype]
         self.warp_columns = config.tile.columns
         self.ragged = config.ragged
+        # Whether a mix loads one step ahead: not where gradients fill the registers
+        self.ahead = config.gradient_registers <= (APART_AHEAD_REGISTERS if config.adds_apart else AHEAD_REGISTERS)
 
     @cute.jit
     def __call__(
@@ -243,7 +245,7 @@ class Phase1BwdKernel:
         if const_expr(self.ragged):
             self.clear(memory, thread)
         cute.arch.mbarrier_init_fence()
-        self.sync()
+        sync_cluster(tile.cluster)
 
         first = tile.consumer_warps
         if warp >= first:
@@ -251,48 +253,27 @@ class Phase1BwdKernel:
                 cute.arch.setmaxregister_decrease(OTHER_REGISTERS)
             if warp == first:
                 with cute.arch.elect_one():
-                    self.load(memory, self.work(tokens), d_out, sources, strides)
+                    self.load(memory, cluster_work(tile.cluster, tokens), d_out, sources, strides)
                 cute.arch.sync_warp()
             if warp == first + 1:
-                self.fetch_statistics(memory, self.work(tokens), statistics, thread % LANES, scale)
-            if warp == first + 2:
                 with cute.arch.elect_one():
-                    self.store(memory, self.work(tokens), d_sources, d_strides)
+                    self.store(memory, cluster_work(tile.cluster, tokens), d_sources, d_strides)
                 cute.arch.sync_warp()
-            if const_expr(self.config.accumulate):
-                if warp == first + 3:
-                    with cute.arch.elect_one():
-                        self.load_addends(memory, self.work(tokens), d_sources, d_strides)
-                    cute.arch.sync_warp()
+            if const_expr(self.config.accumulate) and warp == first + 2:
+                with cute.arch.elect_one():
+                    self.load_addends(memory, cluster_work(tile.cluster, tokens), d_sources, d_strides)
+                cute.arch.sync_warp()
         else:
             if const_expr(tile.moves_registers):
                 cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
             if warp < tile.warps:
-                work = self.work(tokens)
+                work = cluster_work(tile.cluster, tokens)
                 lane = self.place(work, warp, thread % LANES)
                 self.load_queries(memory, lane, queries, query_stride, key_weights, key_weight_stride)
-                self.consume(memory, work, lane, du)
+                self.consume(memory, work, lane, statistics, du, scale)
         if const_expr(tile.cluster > 1):
             # No CTA may leave while another can still write to its shared memory.
-            self.sync()
-
-    def work(self, tokens: Int32) -> Work:
-        """By each role for itself: kept across the branch, its numbers were spilled for want of producer registers."""
-        cluster = self.tile.cluster
-        block, _, _ = cute.arch.block_idx()
-        blocks, _, _ = cute.arch.grid_dim()
-        rank = cute.arch.block_idx_in_cluster() if cluster > 1 else Int32(0)
-        first, step = block // cluster, blocks // cluster
-        return Work(rank, first, step, (tokens - first + step - 1) // step, tokens)
-
-    def sync(self) -> None:
-        """All threads of the cluster."""
-        cute.arch.sync_warp()
-        if self.tile.cluster > 1:
-            cute.arch.cluster_arrive()
-            cute.arch.cluster_wait()
-        else:
-            cute.arch.barrier()
+            sync_cluster(tile.cluster)
 
     def init_barriers(self, memory: Memory) -> None:
         tile = self.tile
@@ -375,69 +356,13 @@ class Phase1BwdKernel:
             address = source + (token * stride + column) * ITEM
             bulk_load(slot + n * self.tile.row_bytes, address, size, Int32(full.toint()), EVICT_FIRST, some)
 
-    # Statistics
-
-    @cute.jit
-    def fetch_statistics(self, memory: Memory, work: Work, statistics: Statistics, lane: Int32, scale: Float32):
-        """Each item's p, logits and factors, before its exchange; lane 8i + n has source n.
-
-        The consumers read those of item i between the barriers of i + 1 and i + 2, in all of which this warp takes part.
-        """
-        config = self.config
-        r_loaded = cute.make_rmem_tensor((6,), Float32)
-        self.load_statistics(work, statistics, lane, Int32(0), 0, r_loaded)
-        for turn in cutlass.range(work.items, unroll=1):
-            for octet in cutlass.range_constexpr(config.octets):
-                buffer = (turn * config.octets + octet) % BUFFERS
-                at = memory.statistics + buffer * STATISTICS_BYTES + lane * 4
-                for i in cutlass.range_constexpr(2):
-                    logit, lse = r_loaded[2 * i], r_loaded[2 * i + 1]
-                    query = octet * OCTET + i * 4 + lane // OCTET
-                    there = (query < config.num_queries) & (lane % OCTET < config.num_sources)
-                    p = select(there, exp_difference(logit, lse), Float32(0.0))
-                    store_shared(at, P_AT + i * 128, [p])
-                    store_shared(at, LOGITS_AT + i * 128, [logit])
-                rstd, d_lse = r_loaded[4], r_loaded[5]
-                store_shared(at, FACTORS_AT, [scale * rstd], lane < OCTET)
-                store_shared(at, PULLS_AT, [rstd * rstd * Float32(1.0 / config.hidden_size)], lane < OCTET)
-                store_shared(at, D_LSE_AT, [d_lse], lane < OCTET)
-                last = octet == config.octets - 1
-                self.load_statistics(work, statistics, lane, turn + int(last), 0 if last else octet + 1, r_loaded)
-                self.item_barrier()
-
-    def load_statistics(
-        self, work: Work, statistics: Statistics, lane: Int32, turn: Int32, octet: int, r_loaded
-    ) -> None:
-        config = self.config
-        sources, tokens = config.num_sources, Int64(work.tokens)
-        token = work.item(turn)
-        inside = token < work.tokens
-        source = lane % OCTET
-        for i in range(2):
-            query = octet * OCTET + i * 4 + lane // OCTET
-            there = inside & (query < config.num_queries)
-            logit = statistics.logits + (Int64(query * sources + source) * tokens + token) * 4
-            r_loaded[2 * i] = load_scalar(logit, there & (source < sources))
-            r_loaded[2 * i + 1] = load_scalar(statistics.lse + (Int64(query) * tokens + token) * 4, there)
-        position = Int64(lane) * tokens + token
-        r_loaded[4] = load_scalar(statistics.rstd + position * 4, inside & (lane < sources))
-        r_loaded[5] = Float32(0.0)
-        if config.d_lse:
-            query = octet * OCTET + lane
-            there = inside & (lane < OCTET) & (query < config.num_queries)
-            r_loaded[5] = load_scalar(statistics.d_lse + (position + octet * OCTET * tokens) * 4, there)
-
-    def item_barrier(self) -> None:
-        """Of all consumers and the statistics warp."""
-        cute.arch.barrier(barrier_id=CONSUMERS, number_of_threads=(self.tile.warps + 1) * LANES)
-
     # Stores
 
     @cute.jit
     def store(self, memory: Memory, work: Work, d_sources: list, d_strides: list):
         """Staged rows to device memory."""
         stages = self.tile.stages
-        column, size, some = self.part(work)
+        column, size, _ = self.part(work)
         present = cutlass.Boolean(size > 0)
         for turn in cutlass.range(work.items, unroll=1):
             token = Int64(work.item(turn))
@@ -487,7 +412,7 @@ class Phase1BwdKernel:
             store_shared(at, i * config.num_queries * row_bytes, term)
 
     def steps(self) -> list[range]:
-        """The warp's tiles by fours, as one ldmatrix reads them; of the last one it may use only two."""
+        """The warp's tiles by fours, as one ldmatrix reads them. The last may be two."""
         tiles = self.warp_columns // 8
         return [range(first, min(first + TILES, tiles)) for first in range(0, tiles, TILES)]
 
@@ -501,29 +426,43 @@ class Phase1BwdKernel:
             row = cutlass.min(row, count - 1)
         return first + lane.offset + (lane.lane // 8) * 16 + row * self.tile.row_bytes
 
+    def item(self, turn: Int32, number: int) -> Item:
+        octets, items = self.config.octets, self.config.items
+        first = number * self.tile.item_octets
+        return Item(
+            turn=turn,
+            number=number,
+            octets=range(first, min(first + self.tile.item_octets, octets)),
+            first=number == 0,
+            last=number == items - 1,
+            index=turn * items + number,
+        )
+
     @cute.jit
-    def consume(self, memory: Memory, work: Work, lane: Lane, du: Int64):
-        octets, tiles = self.config.octets, self.warp_columns // 8
+    def consume(self, memory: Memory, work: Work, lane: Lane, statistics: Statistics, du: Int64, scale: Float32):
+        items, tiles = self.config.items, self.warp_columns // 8
         sums = Sums(
-            cute.make_rmem_tensor((2, tiles, octets), Float32),
+            cute.make_rmem_tensor((2, tiles, self.config.octets), Float32),
             cute.make_rmem_tensor((2, tiles), Float32),
             cute.make_rmem_tensor((2,), Float32),
-            cute.make_rmem_tensor((self.config.weight_terms,), Int32),
-            cute.make_rmem_tensor((1,), Float32),
         )
         sums.du.fill(0.0)
+        r_statistics = cute.make_rmem_tensor((2 * len(self.statistics_pieces()) + 2,), Float32)
+        self.load_statistics(work, lane, statistics, self.item(Int32(0), 0), r_statistics)
         # One turn more than there are tokens: each part of the code is there once.
         for turn in cutlass.range(work.items + 1, unroll=1):
             if turn < work.items:
-                self.products(memory, lane, turn, 0)
-                self.exchange(memory, work, lane, turn, 0)
+                item = self.item(turn, 0)
+                self.products(memory, lane, item)
+                self.exchange(memory, work, lane, item, statistics, r_statistics, scale)
             if turn > 0:
-                self.mix(memory, lane, turn - 1, octets - 1, sums)
+                self.mix(memory, lane, self.item(turn - 1, items - 1), sums)
             if turn < work.items:
-                for octet in cutlass.range_constexpr(1, octets):
-                    self.products(memory, lane, turn, octet)
-                    self.exchange(memory, work, lane, turn, octet)
-                    self.mix(memory, lane, turn, octet - 1, sums)
+                for number in cutlass.range_constexpr(1, items):
+                    item = self.item(turn, number)
+                    self.products(memory, lane, item)
+                    self.exchange(memory, work, lane, item, statistics, r_statistics, scale)
+                    self.mix(memory, lane, self.item(turn, number - 1), sums)
         self.store_du(work, lane, du, sums.du)
 
     def source_slot(self, memory: Memory, turn: Int32) -> tuple[Int32, Int32, Int32]:
@@ -533,125 +472,206 @@ class Phase1BwdKernel:
         return index, (turn // slots) & 1, memory.sources + index * self.config.source_slot_bytes
 
     def output_slot(self, memory: Memory, turn: Int32, octet: int) -> tuple[Int32, Int32, Int32]:
-        item, slots = turn * self.config.octets + octet, self.tile.output_slots
-        index = item % slots
-        return index, (item // slots) & 1, memory.outputs + index * self.config.output_slot_bytes
+        position, slots = turn * self.config.octets + octet, self.tile.output_slots
+        index = position % slots
+        return index, (position // slots) & 1, memory.outputs + index * self.config.output_slot_bytes
 
-    def products(self, memory: Memory, lane: Lane, turn: Int32, octet: int) -> None:
+    def products(self, memory: Memory, lane: Lane, item: Item) -> None:
         """This warp's share of <do_s, v_n>, to its partial buffer.
 
-        One ldmatrix of gradients is two operands in one, columns 0 to 7 and 16 to 23 of its 32 as rows 0 to 7, the
-        others as rows 8 to 15; sources come in that order, too. Half of each product is left out of the sums.
+        One ldmatrix of gradients is an operand: columns 0 to 7 and 8 to 15 of two octets. Or, of one octet, columns 0
+        to 7 and 16 to 23 of 32 as rows 0 to 7, the others as rows 8 to 15; sources come in that order, too, and half of
+        each product is left out of the sums.
         """
         config, tile = self.config, self.tile
-        index, parity, slot = self.source_slot(memory, turn)
-        if octet == 0:
+        index, parity, slot = self.source_slot(memory, item.turn)
+        if item.first:
             cute.arch.mbarrier_wait(memory.sources_full + index, parity)
-        row, piece = cutlass.min(lane.lane % 8, config.num_sources - 1), lane.lane // 8
-        source_rows = slot + lane.offset + row * tile.row_bytes + (piece % 2 * 2 + piece // 2) * 16
-        index, parity, slot = self.output_slot(memory, turn, octet)
-        cute.arch.mbarrier_wait(memory.outputs_full + index, parity)
-        d_out_rows = self.rows(lane, slot, config.octet_rows(octet))
-        sums, zero = ChainedSum(self.dtype, alternating=True), Int32(0)
+        alone = len(item.octets) == 1
+        piece = lane.lane // 8
+        order = piece % 2 * 2 + piece // 2 if alone else piece
+        row = cutlass.min(lane.lane % 8, config.num_sources - 1)
+        source_rows = slot + lane.offset + row * tile.row_bytes + order * 16
+        octet_rows = []
+        for octet in item.octets:
+            index, parity, slot = self.output_slot(memory, item.turn, octet)
+            cute.arch.mbarrier_wait(memory.outputs_full + index, parity)
+            row = cutlass.min(lane.lane % 8, config.octet_rows(octet) - 1)
+            octet_rows.append(slot + lane.offset + row * tile.row_bytes)
+        if alone:
+            d_out_rows = octet_rows[0] + piece * 16
+        else:
+            d_out_rows = select(piece % 2 == 0, octet_rows[0], octet_rows[1]) + (piece // 2) * 16
+        sums, zero = ChainedSum(self.dtype, alternating=alone), Int32(0)
         for step, tiles in enumerate(self.steps()):
-            columns = step * STEP * ITEM
-            source, d_out = ldmatrix(source_rows, columns), ldmatrix(d_out_rows, columns)
-            if len(tiles) < TILES:
-                d_out[2:] = [zero, zero]
-            for half in range(2):
-                operand = ((d_out[0], d_out[2]), (d_out[1], d_out[3]))
-                sums.add(operand, (source[2 * half], source[2 * half + len(tiles) // TILES]))
+            columns, whole = step * STEP * ITEM, len(tiles) == TILES
+            if alone:
+                # Of the last 16 columns, both matrices twice
+                source = ldmatrix(source_rows if whole else source_rows - order // 2 * 32, columns)
+                d_out = ldmatrix(d_out_rows, columns, count=len(tiles)) + [zero] * (TILES - len(tiles))
+                for half in range(2):
+                    operand = ((d_out[0], d_out[2]), (d_out[1], d_out[3]))
+                    sums.add(operand, (source[2 * half], source[2 * half + whole]))
+            else:
+                source = ldmatrix(source_rows, columns, count=len(tiles))
+                for half in range(len(tiles) // 2):
+                    d_out = ldmatrix(d_out_rows, columns + half * PIECE * ITEM)
+                    operand = ((d_out[0], d_out[2]), (d_out[1], d_out[3]))
+                    sums.add(operand, (source[2 * half], source[2 * half + 1]))
             # See mix.
             if step % 2:
                 cute.arch.sync_warp()
-        buffer = (turn * config.octets + octet) % BUFFERS
-        share = memory.partial + (buffer * tile.warps + lane.warp) * PARTIAL_BYTES
-        store_shared(share + lane.lane * 8, 0, *sums.octets())
+        buffer = item.index % config.partial_buffers
+        share = memory.partial + (buffer * tile.warps + lane.warp) * config.partial_bytes
+        for i, pair in enumerate(sums.octets()):
+            store_shared(share + lane.lane * 8, i * 256, pair)
 
-    def exchange(self, memory: Memory, work: Work, lane: Lane, turn: Int32, octet: int) -> None:
-        """Makes the warps' partial sums common; over a cluster, adds this warp's share of them up and sends it to every
-        CTA.
+    def exchange(
+        self, memory: Memory, work: Work, lane: Lane, item: Item, statistics, r_statistics, scale: Float32
+    ) -> None:
+        """Makes the warps' partial sums and statistics common; over a cluster, adds this warp's share of the sums up and
+        sends it to every CTA.
 
         Why four buffers: a warp sends totals of item i + 4 after it has seen all totals of i + 2. Each CTA sent those
         after its barrier of i + 2, when all its warps were past their reads of totals i (or, in a cluster of one, of
-        partial sums i).
+        partial sums i). Over a cluster, partial sums i are read before the barrier of i + 1: two are enough.
         """
-        tile = self.tile
-        self.item_barrier()
+        config, tile = self.config, self.tile
+        self.store_statistics(memory, lane, item, r_statistics, scale)
+        following = self.item(item.turn + 1, 0) if item.last else self.item(item.turn, item.number + 1)
+        self.load_statistics(work, lane, statistics, following, r_statistics)
+        cute.arch.barrier(barrier_id=CONSUMERS, number_of_threads=tile.warps * LANES)
         if tile.cluster == 1:
             return
-        buffer = (turn * self.config.octets + octet) % BUFFERS
-        self.announce_totals(memory, lane, buffer)
-        vectors = PARTIAL_BYTES // 16
+        buffer = item.index % BUFFERS
+        size = len(item.octets) * 256
+        self.announce_totals(memory, lane, buffer, size)
+        vectors = size // 16
         begin, end = lane.warp * vectors // tile.warps, (lane.warp + 1) * vectors // tile.warps
-        vector = begin + lane.lane
-        at = cutlass.min(vector, vectors - 1) * 16
-        partial = memory.partial + buffer * (tile.warps * PARTIAL_BYTES) + at
-        shares = [load_shared(Float32, partial, warp * PARTIAL_BYTES, 4) for warp in range(tile.warps)]
-        total = [tree(add, [share[e] for share in shares]) for e in range(4)]
-        reduced = memory.reduced + (buffer * tile.cluster + work.rank) * PARTIAL_BYTES + at
-        barrier = memory.reduced_ready_address + buffer * 8
-        for cta in range(tile.cluster):
-            store_cluster(reduced, barrier, Int32(cta), total, vector < end)
+        partial = memory.partial + item.index % config.partial_buffers * (tile.warps * config.partial_bytes)
+        reduced = memory.reduced + (buffer * tile.cluster + work.rank) * config.partial_bytes
+        # Lane l sends to CTA l % cluster.
+        for first in range(0, ceil_div(vectors, tile.warps) * tile.cluster, LANES):
+            vector = begin + (lane.lane + first) // tile.cluster
+            at = cutlass.min(vector, vectors - 1) * 16
+            shares = [load_shared(Float32, partial + at, w * config.partial_bytes, 4) for w in range(tile.warps)]
+            total = [tree(add, [share[e] for share in shares]) for e in range(4)]
+            barrier = memory.reduced_ready_address + buffer * 8
+            store_cluster(reduced + at, barrier, lane.lane % tile.cluster, total, vector < end)
+
+    # Statistics: entry 8s + n of an item's p and logits belongs to query s of it and source n; the consumer threads take
+    # one or more each. The registers hold the next item's while this one's are in use.
+
+    def statistics_pieces(self) -> range:
+        return range(0, self.tile.item_octets * 64, self.tile.warps * LANES)
+
+    def load_statistics(
+        self, work: Work, lane: Lane, statistics: Statistics, item: Item, r_loaded: cute.Tensor
+    ) -> None:
+        """logit and lse of each of the thread's entries; rstd of source l and d_lse of query l for the last warp."""
+        config = self.config
+        sources, tokens = config.num_sources, Int64(work.tokens)
+        token = work.item(item.turn)
+        inside = token < work.tokens
+        for i, first in enumerate(self.statistics_pieces()):
+            entry = lane.warp * LANES + lane.lane + first
+            query, source = item.octets.start * OCTET + entry // OCTET, entry % OCTET
+            there = inside & (entry < len(item.octets) * 64) & (query < config.num_queries)
+            logit = statistics.logits + (Int64(query * sources + source) * tokens + token) * 4
+            r_loaded[2 * i] = load_scalar(logit, there & (source < sources))
+            r_loaded[2 * i + 1] = load_scalar(statistics.lse + (Int64(query) * tokens + token) * 4, there)
+        inside = inside & (lane.warp == self.tile.warps - 1)
+        rstd = statistics.rstd + (Int64(lane.lane) * tokens + token) * 4
+        # (No negative indices: the DSL takes them for offsets.)
+        last = 2 * len(self.statistics_pieces())
+        r_loaded[last] = load_scalar(rstd, inside & (lane.lane < sources))
+        r_loaded[last + 1] = Float32(0.0)
+        if config.d_lse:
+            query = item.octets.start * OCTET + lane.lane
+            there = inside & (lane.lane < len(item.octets) * OCTET) & (query < config.num_queries)
+            r_loaded[last + 1] = load_scalar(statistics.d_lse + (Int64(query) * tokens + token) * 4, there)
+
+    def store_statistics(self, memory: Memory, lane: Lane, item: Item, r_loaded: cute.Tensor, scale: Float32) -> None:
+        config = self.config
+        at = memory.statistics + item.index % BUFFERS * STATISTICS_BYTES
+        for i, first in enumerate(self.statistics_pieces()):
+            entry = lane.warp * LANES + lane.lane + first
+            query, source = item.octets.start * OCTET + entry // OCTET, entry % OCTET
+            logit, lse = r_loaded[2 * i], r_loaded[2 * i + 1]
+            there = (query < config.num_queries) & (source < config.num_sources)
+            p = select(there, exp_difference(logit, lse), Float32(0.0))
+            inside = entry < len(item.octets) * 64
+            store_shared(at + entry * 4, P_AT, [p], inside)
+            store_shared(at + entry * 4, LOGITS_AT, [logit], inside)
+        last = 2 * len(self.statistics_pieces())
+        rstd, d_lse = r_loaded[last], r_loaded[last + 1]
+        mine = lane.warp == self.tile.warps - 1
+        at = at + lane.lane * 4
+        store_shared(at, FACTORS_AT, [scale * rstd], mine & (lane.lane < OCTET))
+        store_shared(at, PULLS_AT, [rstd * rstd * Float32(1.0 / config.hidden_size)], mine & (lane.lane < OCTET))
+        store_shared(at, D_LSE_AT, [d_lse], mine & (lane.lane < len(item.octets) * OCTET))
 
     @cute.jit
-    def announce_totals(self, memory: Memory, lane: Lane, buffer: Int32):
+    def announce_totals(self, memory: Memory, lane: Lane, buffer: Int32, size: cutlass.Constexpr):
         """The barrier's one arrival. Bytes that come before it are counted too; the phase cannot end without it."""
         if lane.warp == 0:
             with cute.arch.elect_one():
-                size = self.tile.cluster * PARTIAL_BYTES
-                cute.arch.mbarrier_arrive_and_expect_tx(memory.reduced_ready + buffer, size)
+                cute.arch.mbarrier_arrive_and_expect_tx(memory.reduced_ready + buffer, self.tile.cluster * size)
 
-    def weights(self, memory: Memory, lane: Lane, turn: Int32, octet: int, sums: Sums) -> Weights:
+    def weights(self, memory: Memory, lane: Lane, item: Item, sums: Sums) -> Weights:
         """p, g and, at last, the pull; every warp computes them all.
 
-        Lane (c, q) holds query c and sources 2q and 2q + 1: the layout of products and of an operand with queries for
-        rows; transposed, of one with sources for rows.
+        Lane (c, q) holds query c of an octet and sources 2q and 2q + 1: the layout of products and of an operand with
+        queries for rows; transposed, of one with sources for rows.
         """
         config, tile = self.config, self.tile
-        item = turn * config.octets + octet
-        buffer = item % BUFFERS
+        buffer = item.index % BUFFERS
         if tile.cluster == 1:
             shares, totals = tile.warps, memory.partial
         else:
             shares, totals = tile.cluster, memory.reduced
-            cute.arch.mbarrier_wait(memory.reduced_ready + buffer, (item // BUFFERS) & 1)
-        totals = totals + buffer * (shares * PARTIAL_BYTES) + lane.lane * 8
-        parts = [load_shared(Float32, totals, share * PARTIAL_BYTES, 2) for share in range(shares)]
-        a = [tree(add, [part[e] for part in parts]) for e in range(2)]
+            cute.arch.mbarrier_wait(memory.reduced_ready + buffer, (item.index // BUFFERS) & 1)
+        totals = totals + buffer * (shares * config.partial_bytes) + lane.lane * 8
         statistics = memory.statistics + buffer * STATISTICS_BYTES
-        p = load_shared(Float32, statistics + lane.lane * 8, P_AT, 2)
-        logit = load_shared(Float32, statistics + lane.lane * 8, LOGITS_AT, 2)
         factor = load_shared(Float32, statistics + lane.q * 8, FACTORS_AT, 2)
-        (d_lse,) = load_shared(Float32, statistics + lane.c * 4, D_LSE_AT, 1)
-        mean = p[0] * a[0] + p[1] * a[1]
-        for offset in (1, 2):
-            mean = mean + cute.arch.shuffle_sync_bfly(mean, offset=offset)
-        h = [p[e] * (a[e] + (d_lse - mean)) for e in range(2)]
-        g = [factor[e] * h[e] for e in range(2)]
-        for e in range(2):
-            sums.pull[e] = logit[e] * h[e] if octet == 0 else sums.pull[e] + logit[e] * h[e]
-        pairs = [p, g]
-        if octet == config.octets - 1:
-            pull_factor = load_shared(Float32, statistics + lane.q * 8, PULLS_AT, 2)
-            pull = [sums.pull[e] for e in range(2)]
+        ps, gs = [], []
+        pull = [Float32(0.0)] * 2 if item.first else [sums.pull[e] for e in range(2)]
+        for i in range(len(item.octets)):
+            at = [i * 256 + share * config.partial_bytes for share in range(shares)]
+            parts = [load_shared(Float32, totals, offset, 2) for offset in at]
+            a = [tree(add, [part[e] for part in parts]) for e in range(2)]
+            p = load_shared(Float32, statistics + lane.lane * 8, P_AT + i * 256, 2)
+            logit = load_shared(Float32, statistics + lane.lane * 8, LOGITS_AT + i * 256, 2)
+            (d_lse,) = load_shared(Float32, statistics + lane.c * 4, D_LSE_AT + i * 32, 1)
+            mean = p[0] * a[0] + p[1] * a[1]
+            for offset in (1, 2):
+                mean = mean + cute.arch.shuffle_sync_bfly(mean, offset=offset)
+            h = [p[e] * (a[e] + (d_lse - mean)) for e in range(2)]
+            pull = [pull[e] + logit[e] * h[e] for e in range(2)]
+            ps.append(p)
+            gs.append([factor[e] * h[e] for e in range(2)])
+        diagonal = []
+        if item.last:
+            factor = load_shared(Float32, statistics + lane.q * 8, PULLS_AT, 2)
             for offset in (4, 8, 16):
                 pull = [value + cute.arch.shuffle_sync_bfly(value, offset=offset) for value in pull]
             zero = Float32(0.0)
-            pairs.append([select(lane.c == lane.q * 2 + e, zero - pull_factor[e] * pull[e], zero) for e in range(2)])
+            diagonal = [[select(lane.c == lane.q * 2 + e, zero - factor[e] * pull[e], zero) for e in range(2)]]
+        else:
+            sums.pull[0], sums.pull[1] = pull
         unscale = None
         if self.dtype is Float16:
-            scale, unscale = self.scale_of(pairs)
-            pairs = [[scale * value for value in pair] for pair in pairs]
-        (p_high, p_low), du, *pull_terms = (
-            [term[0] for term in split_vector(self.dtype, pair, terms)]
-            for pair, terms in zip(pairs, (2, config.weight_terms, 2), strict=False)
-        )
+            scale, unscale = self.scale_of([*ps, *gs, *diagonal])
+            ps, gs, diagonal = ([[scale * value for value in pair] for pair in pairs] for pairs in (ps, gs, diagonal))
+
+        def split(pairs: list[list[Float32]], terms: int) -> list[list[Pair]]:
+            return [[term[0] for term in split_vector(self.dtype, pair, terms)] for pair in pairs]
+
+        of_sources = split(gs, config.weight_terms)
         return Weights(
-            p=(transpose(p_high), transpose(p_low)),
-            g=(transpose(du[0]), transpose(du[1])),
-            du=du,
-            pull=pull_terms[0] if pull_terms else [],
+            p=[(transpose(high), transpose(low)) for high, low in split(ps, 2)],
+            g=[(transpose(terms[0]), transpose(terms[1])) for terms in of_sources],
+            of_sources=of_sources + split(diagonal, 2),
             unscale=unscale,
         )
 
@@ -662,111 +682,108 @@ class Phase1BwdKernel:
             peak = cute.arch.fmax(peak, cute.arch.shuffle_sync_bfly(peak, offset=offset))
         return power_of_two_scale(peak)
 
-    def mix(self, memory: Memory, lane: Lane, turn: Int32, octet: int, sums: Sums) -> None:
+    def mix(self, memory: Memory, lane: Lane, item: Item, sums: Sums) -> None:
         """An item's gradients over the warp's columns: adds to du and d_sources.
 
         After a token's last item, d_sources are rounded into the staging buffer.
         """
         config, tile = self.config, self.tile
-        weights = self.weights(memory, lane, turn, octet, sums)
-        last = octet == config.octets - 1
-        source_index, _, source_slot = self.source_slot(memory, turn)
-        output_index, _, output_slot = self.output_slot(memory, turn, octet)
-        rows = config.octet_rows(octet)
+        source_index, _, source_slot = self.source_slot(memory, item.turn)
         source_rows = self.rows(lane, source_slot, config.num_sources)
         addend_rows = self.rows(lane, source_slot + config.num_sources * tile.row_bytes, config.num_sources)
-        query_rows = self.rows(lane, memory.queries, rows)
-        factors = [(self.rows(lane, output_slot, rows), 0, weights.p)]
+        adds = item.last and config.accumulate
+        factors, released = [], []
+        for octet in item.octets:
+            index, _, slot = self.output_slot(memory, item.turn, octet)
+            factors.append((self.rows(lane, slot, config.octet_rows(octet)), 0))
+            released.append(index)
         for term in range(config.query_terms):
-            factors.append((query_rows, (term * config.num_queries + octet * OCTET) * tile.row_bytes, weights.g))
-        stage_index = turn % tile.stages
-        stage = memory.stage + stage_index * config.stage_bytes + lane.offset + lane.c * tile.row_bytes + lane.q * 4
-        if last:
-            cute.arch.mbarrier_wait(memory.stored + stage_index, ((turn // tile.stages) & 1) ^ 1)
-        products = self.source_products(weights, octet, sums)
-        for step, tiles in enumerate(self.steps()):
+            for octet in item.octets:
+                row = term * config.num_queries + octet * OCTET
+                factors.append((self.rows(lane, memory.queries, config.octet_rows(octet)), row * tile.row_bytes))
+
+        def load(step: int) -> list[list[Pair]]:
+            """Sources, the factors' rows, what is added."""
             columns = step * STEP * ITEM
-            pulls = [None] * TILES
-            if products:
-                sources = ldmatrix(source_rows, columns, transposed=True)
-                pulls = [self.add_products(products, row, sums.du, k) for row, k in zip(sources, tiles, strict=False)]
-                # Here and at the end: keeps the compiler from hoisting loads and products, which spilled.
-                cute.arch.sync_warp()
-            found: list[list[Float32] | None] = [None] * len(tiles)
-            for address, offset, weight in factors:
-                matrices = ldmatrix(address, offset + columns, transposed=True)
-                found = [mma_k8(self.dtype, weight, b, total) for b, total in zip(matrices, found, strict=False)]
-            addends = ldmatrix(addend_rows, columns) if last and config.accumulate else [None] * TILES
-            for k, total, pull, addend in zip(tiles, found, pulls, addends, strict=False):
+            count = len(steps[step])
+            found = [ldmatrix(source_rows, columns, True, count)]
+            found += [ldmatrix(address, offset + columns, True, count) for address, offset in factors]
+            return [*found, ldmatrix(addend_rows, columns, False, count)] if adds else found
+
+        steps = self.steps()
+        loaded = load(0) if self.ahead else []
+        weights = self.weights(memory, lane, item, sums)
+        operands = weights.p + weights.g * config.query_terms
+        stage_index = item.turn % tile.stages
+        stage = memory.stage + stage_index * config.stage_bytes + lane.offset + lane.c * tile.row_bytes + lane.q * 4
+        if item.last:
+            cute.arch.mbarrier_wait(memory.stored + stage_index, ((item.turn // tile.stages) & 1) ^ 1)
+        for step, tiles in enumerate(steps):
+            sources, *rest = loaded if self.ahead else load(step)
+            # Before this step's stores: the compiler cannot tell that they go elsewhere.
+            loaded = load(step + 1) if self.ahead and step + 1 < len(steps) else []
+            for i, k in enumerate(tiles):
+                pull = self.add_products(weights, sources[i], sums.du, k, item)
+                total = None
+                for operand, matrices in zip(operands, rest, strict=False):
+                    total = mma_k8(self.dtype, operand, matrices[i], total)
                 d_source = [total[e] + total[2 + e] for e in range(2)]
-                if pull is not None:
+                if item.last:
                     d_source = [value + more for value, more in zip(d_source, pull, strict=True)]
                 if weights.unscale is not None:
                     d_source = [value * weights.unscale for value in d_source]
-                if octet > 0:
+                if not item.first:
                     d_source = [d_source[e] + sums.d_sources[e, k] for e in range(2)]
-                if addend is not None:
-                    d_source = [value + old for value, old in zip(d_source, unpack(self.dtype, addend), strict=True)]
-                if last:
+                if adds:
+                    d_source = [
+                        value + old for value, old in zip(d_source, unpack(self.dtype, rest[-1][i]), strict=True)
+                    ]
+                if item.last:
                     packed = pack(self.dtype, *d_source)
                     store_shared(stage, k * 16, [packed], lane.c < config.num_sources)
                 else:
                     sums.d_sources[0, k], sums.d_sources[1, k] = d_source
+            # Keeps the compiler from hoisting every step's loads and products, which spilled.
             cute.arch.sync_warp()
-        if last:
+        if item.last:
             cute.arch.fence_view_async_shared()
-        cute.arch.sync_warp()
+            cute.arch.sync_warp()
         with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive(memory.outputs_empty + output_index)
-            if last:
+            for index in released:
+                cute.arch.mbarrier_arrive(memory.outputs_empty + index)
+            if item.last:
                 cute.arch.mbarrier_arrive(memory.sources_empty + source_index)
                 cute.arch.mbarrier_arrive(memory.staged + stage_index)
 
-    def source_products(self, weights: Weights, octet: int, sums: Sums) -> list[Product]:
-        """What is multiplied with sources after an item: octets of queries by twos, and at last the pull."""
-        last = octet == self.config.octets - 1
-        own = Product(weights.du, octet, weights.unscale)
-        if octet % 2 == 0 and not last:
-            for i, term in enumerate(weights.du):
-                sums.held[i] = term
-            if weights.unscale is not None:
-                sums.held_unscale[0] = weights.unscale
-            return []
-        products = [own]
-        if octet % 2:
-            held = [sums.held[i] for i in range(self.config.weight_terms)]
-            products = [Product(held, octet - 1, None if weights.unscale is None else sums.held_unscale[0]), own]
-        if last:
-            products.append(Product(weights.pull, None, None))
-        return products
-
-    def add_products(self, products: list[Product], row: Pair, r_du: cute.Tensor, tile: int) -> list[Float32] | None:
-        """Adds to du what a tile of sources gives; returns the pull if it is among the products.
+    def add_products(
+        self, weights: Weights, row: Pair, r_du: cute.Tensor, tile: int, item: Item
+    ) -> list[Float32] | None:
+        """Adds to du what a tile of sources gives; returns the pull with a token's last item. Two operands share an mma.
 
         Where fp32 gradients are wanted, products start from zero and are added in fp32 registers: the tensor core's
         own sums are truncated, by 5e-6 over a hundred tokens. (And fp16 products have a scale of their own.)
         """
+        operands, octets = weights.of_sources, list(item.octets)
         pull = None
-        for i in range(0, len(products), 2):
-            pair = products[i : i + 2]
-            octets = [product.octet for product in pair]
+        for i in range(0, len(operands), 2):
+            pair, of = operands[i : i + 2], octets[i : i + 2]
             # An operand of the mma has to be four registers in a row: du of one octet alone would be moved there.
-            apart = self.config.adds_apart or (self.config.octets > 1 and (None in octets or len(octets) == 1))
+            apart = self.config.adds_apart or len(of) < min(self.config.octets, 2)
             total = None
             if not apart:
-                total = [Float32(0.0) if octet is None else r_du[e, tile, octet] for octet in octets for e in range(2)]
-            for term in range(max(len(product.terms) for product in pair)):
-                a = [product.terms[term] if term < len(product.terms) else Int32(0) for product in pair]
-                total = mma_k8(self.dtype, (a[0], a[1] if len(a) > 1 else Int32(0)), row, total)
-            for k, product in enumerate(pair):
-                part = total[2 * k : 2 * k + 2]
-                if product.octet is None:
-                    pull = part
-                    continue
+                total = [r_du[e, tile, octet] for octet in of for e in range(2)]
+                total += [Float32(0.0)] * (4 - len(total))
+            for term in range(max(map(len, pair))):
+                a = [terms[term] if term < len(terms) else Int32(0) for terms in pair] + [Int32(0)]
+                total = mma_k8(self.dtype, (a[0], a[1]), row, total)
+            for k, octet in enumerate(of):
                 for e in range(2):
-                    value = part[e] if product.unscale is None else part[e] * product.unscale
-                    old = r_du[e, tile, product.octet]
-                    r_du[e, tile, product.octet] = old + value if apart else value
+                    value = total[2 * k + e]
+                    if weights.unscale is not None:
+                        value = value * weights.unscale
+                    r_du[e, tile, octet] = r_du[e, tile, octet] + value if apart else value
+            if len(of) < len(pair):
+                pull = total[2 * len(of) : 2 * len(of) + 2]
         return pull
 
     def store_du(self, work: Work, lane: Lane, du: Int64, r_du: cute.Tensor) -> None:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, const_expr
+from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import cpasync
 from cutlass.memory import SmemAllocator
 
@@ -100,10 +100,7 @@ class Phase2BwdKernel:
         smem = SmemAllocator()
         layout = cute.make_layout((config.pitch, config.rows, config.stages, config.groups))
         s_rows = smem.allocate_tensor(self.dtype, layout, byte_alignment=128)
-        s_partials = None
-        if const_expr(config.warps > 1):
-            layout = cute.make_layout((LANES, config.warps, 2, config.groups))
-            s_partials = smem.allocate_tensor(Float32, layout, 16)
+        s_partials = GroupExchange.allocate(smem, 1, config.warps, config.groups)
         s_own = s_rows[None, None, None, group]
 
         first, step = block + group * grid, grid * config.groups
@@ -113,15 +110,14 @@ class Phase2BwdKernel:
         cute.arch.griddepcontrol_wait()
         for stage in cutlass.range_constexpr(config.stages - 1):
             self.fetch(s_own, stage, first + stage * step, part, operands, scalars)
-        r_u = part.load_global(TYPES[config.query], operands.query)
+        r_u = self.load_parameter(part, config.query, operands.query)
         if const_expr(config.key_weight is not None):
-            r_key_weight = part.load_global(TYPES[config.key_weight], operands.key_weight)
-            r_u.store(r_u.load() * r_key_weight.load())
+            r_u.store(r_u.load() * self.load_parameter(part, config.key_weight, operands.key_weight).load())
         r_du = part.fragment(Float32)
         r_du.fill(0.0)
         r_weight, r_d_weight = None, None
         if const_expr(self.norm):
-            r_weight = part.load_global(TYPES[config.output_weight], operands.output_weight)
+            r_weight = self.load_parameter(part, config.output_weight, operands.output_weight)
             r_d_weight = part.fragment(Float32)
             r_d_weight.fill(0.0)
 
@@ -147,6 +143,13 @@ class Phase2BwdKernel:
         self.combine(r_du, 0, operands, s_rows, group, tid, part)
         if const_expr(self.norm):
             self.combine(r_d_weight, 1, operands, s_rows, group, tid, part)
+
+    def load_parameter(self, part: RowTile, dtype: str, address: Int64) -> cute.Tensor:
+        """This thread's part of a vector [D] in fp32."""
+        r_stored = part.load(TYPES[dtype], global_row(TYPES[dtype], address, 0, 0, self.config.hidden_size))
+        r_part = part.fragment(Float32)
+        r_part.store(r_stored.load().to(Float32))
+        return r_part
 
     @cute.jit
     def clear_padding(self, s_own: cute.Tensor, part: RowTile):

@@ -1,0 +1,39 @@
+"""What a persistent kernel whose clusters split the hidden dimension over their CTAs shares: items, synchronisation."""
+
+from typing import NamedTuple
+
+import cutlass.cute as cute
+from cutlass import Int32
+
+
+class Work(NamedTuple):
+    """Which items this cluster takes, and this CTA's part of them."""
+
+    rank: Int32  # of the CTA in its cluster
+    first: Int32
+    step: Int32
+    items: Int32
+    tokens: Int32  # T
+
+    def item(self, turn: Int32) -> Int32:
+        return self.first + turn * self.step
+
+
+def cluster_work(cluster: int, tokens: Int32, tokens_per_item: int = 1) -> Work:
+    """By each role for itself: kept across the roles' branch, its numbers were spilled for want of producer registers."""
+    block, _, _ = cute.arch.block_idx()
+    blocks, _, _ = cute.arch.grid_dim()
+    rank = cute.arch.block_idx_in_cluster() if cluster > 1 else Int32(0)
+    items = (tokens + (tokens_per_item - 1)) // tokens_per_item
+    first, step = block // cluster, blocks // cluster
+    return Work(rank, first, step, (items - first + step - 1) // step, tokens)
+
+
+def sync_cluster(cluster: int) -> None:
+    """All threads of the cluster."""
+    cute.arch.sync_warp()
+    if cluster > 1:
+        cute.arch.cluster_arrive()
+        cute.arch.cluster_wait()
+    else:
+        cute.arch.barrier()

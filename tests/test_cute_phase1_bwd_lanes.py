@@ -1,0 +1,341 @@
+"""phase1_bwd's consumers on a machine without a GPU: the kernel's own methods run on NumPy arrays of all threads of a cluster.
+
+Every number of a thread becomes an array [CTAs, warps, 32]; instructions (ldmatrix, mma, shuffles, shared memory) are replaced
+by what PTX says of them. Barriers do nothing: all threads walk in step. What is left to the GPU is the order among warps.
+"""
+
+import contextlib
+import types
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("cutlass")
+
+import cutlass
+import cutlass.cute as cute
+
+from cute_kernels.config_phase1_bwd import Phase1BwdConfig, phase1_bwd_config
+
+LANES = np.arange(32)
+C, Q = LANES // 4, LANES % 4
+
+
+class F32:
+    def __new__(cls, value):
+        return np.float32(value)
+
+
+class I32:
+    def __new__(cls, value):
+        return np.asarray(value, np.int64)
+
+
+class Pointer:
+    """Of a barrier."""
+
+    def __add__(self, _):
+        return self
+
+    def toint(self):
+        return 0
+
+
+class Registers(dict):
+    """An rmem tensor: indices are static and not negative."""
+
+    def __setitem__(self, key, value):
+        assert all(k >= 0 for k in (key if isinstance(key, tuple) else (key,)))
+        super().__setitem__(key, np.asarray(value, np.float32))
+
+
+class Machine:
+    """One cluster, with its shared memories and device memory, and the instructions that reach them."""
+
+    def __init__(self, config: Phase1BwdConfig):
+        self.half = config.dtype == "fp16"
+        self.shape = (config.tile.cluster, config.tile.warps, 32)
+        # Whatever is not written is NaN in every type.
+        self.shared = np.full((config.tile.cluster, config.shared_bytes // 4 + 64), 0xFFFFFFFF, np.uint32)
+        self.device = np.zeros(0, np.uint32)
+
+    def place(self, tensor: np.ndarray) -> int:
+        """The address of a copy of an fp32 tensor in device memory."""
+        address = self.device.size * 4
+        self.device = np.concatenate([self.device, tensor.astype(np.float32).ravel().view(np.uint32)])
+        return address
+
+    def full(self, value) -> np.ndarray:
+        return np.broadcast_to(value, self.shape)
+
+    def numbers(self, halves: np.ndarray) -> np.ndarray:
+        """fp32 of 16-bit patterns."""
+        halves = halves.astype(np.uint16)
+        if self.half:
+            return halves.view(np.float16).astype(np.float32)
+        return (halves.astype(np.uint32) << 16).view(np.float32)
+
+    def halves(self, values: np.ndarray) -> np.ndarray:
+        """16-bit patterns of fp32, rounded to nearest even."""
+        kind = torch.float16 if self.half else torch.bfloat16
+        rounded = torch.from_numpy(np.array(values, np.float32)).to(kind).view(torch.int16).numpy()
+        return rounded.view(np.uint16).astype(np.uint32)
+
+    def unpack(self, _, pair):
+        pair = self.full(pair).astype(np.uint32)
+        return self.numbers(pair & 0xFFFF), self.numbers(pair >> 16)
+
+    def pack(self, _, first, second):
+        return self.halves(self.full(first)) | self.halves(self.full(second)) << 16
+
+    def split_vector(self, dtype, values, terms):
+        split = [[] for _ in range(terms)]
+        for first, second in zip(values[::2], values[1::2], strict=True):
+            for term in split:
+                term.append(self.pack(dtype, first, second))
+                high = self.unpack(dtype, term[-1])
+                first, second = first - high[0], second - high[1]
+        return split
+
+    def matrix(self, pair) -> np.ndarray:
+        """[..., 8, 8] of which each lane has (row c, columns 2q and 2q + 1)."""
+        found = np.empty((*self.shape[:2], 8, 8), np.float32)
+        found[..., C, 2 * Q], found[..., C, 2 * Q + 1] = self.unpack(None, pair)
+        return found
+
+    def transpose(self, pair):
+        matrix = np.swapaxes(self.matrix(pair), -1, -2)
+        return self.pack(None, matrix[..., C, 2 * Q], matrix[..., C, 2 * Q + 1])
+
+    def product(self, octets, b, c):
+        """octets: the rows' (K 0 to 7, K 8 to 15, ...) pairs; b: the pairs of K x 8."""
+        result = []
+        for i, octet in enumerate(octets):
+            total = np.zeros((*self.shape[:2], 8, 8), np.float64)
+            for left, right in zip(octet, b, strict=True):
+                total += self.matrix(left).astype(np.float64) @ np.swapaxes(self.matrix(right), -1, -2)
+            for e in range(2):
+                addend = 0.0 if c is None else self.full(c[2 * i + e])
+                result.append((total[..., C, 2 * Q + e] + addend).astype(np.float32))
+        return result
+
+    def mma(self, _, a, b, c):
+        return self.product([a[0], a[1] or (0, 0)], b, c)
+
+    def mma_k8(self, _, a, b, c):
+        return self.product([(a[0],), (a[1],)], (b,), c)
+
+    def words(self, address) -> tuple[np.ndarray, np.ndarray]:
+        address = self.full(address)
+        assert (address % 4 == 0).all()
+        return np.broadcast_to(np.arange(self.shape[0])[:, None, None], self.shape), address // 4
+
+    def load_shared(self, kind, address, offset, count):
+        ctas, index = self.words(address + offset)
+        found = [self.shared[ctas, index + i] for i in range(count)]
+        return [value.view(np.float32) for value in found] if kind is F32 else found
+
+    def store_shared(self, address, offset, values, predicate=True):
+        ctas, index = self.words(address + offset)
+        where = self.full(predicate)
+        for i, value in enumerate(values):
+            self.shared[ctas[where], index[where] + i] = self.bits(value)[where]
+
+    def store_cluster(self, address, barrier, rank, values, predicate=True):
+        _, index = self.words(address)
+        where, ctas = self.full(predicate), self.full(rank)
+        for i, value in enumerate(values):
+            self.shared[ctas[where], index[where] + i] = self.bits(value)[where]
+
+    def bits(self, value) -> np.ndarray:
+        value = np.ascontiguousarray(self.full(value))
+        return value.view(np.uint32) if value.dtype == np.float32 else value.astype(np.uint32)
+
+    def ldmatrix(self, address, offset, transposed=False, count=4):
+        ctas, index = self.words(address + offset)
+        assert (self.full(address + offset) % 16 == 0).all()
+        found = []
+        for matrix in range(count):
+            lanes = slice(8 * matrix, 8 * matrix + 8)
+            words = np.stack([self.shared[ctas[..., lanes], index[..., lanes] + i] for i in range(4)], -1)
+            elements = np.stack([words & 0xFFFF, words >> 16], -1).reshape(*words.shape[:-1], 8)
+            if transposed:
+                elements = np.swapaxes(elements, -1, -2)
+            found.append(elements[..., C, 2 * Q] | elements[..., C, 2 * Q + 1] << 16)
+        return found
+
+    def load_scalar(self, address, predicate):
+        where = self.full(predicate)
+        found = np.zeros(self.shape, np.uint32)
+        found[where] = self.device[self.full(address)[where] // 4]
+        return found.view(np.float32)
+
+    def store_pair(self, address, offset, values, predicate):
+        where = self.full(predicate)
+        for i, value in enumerate(values):
+            self.device[(self.full(address + offset)[where] // 4) + i] = self.bits(value)[where]
+
+
+@pytest.fixture
+def patched(monkeypatch: pytest.MonkeyPatch):
+    """The device module with its types and instructions replaced by a machine's."""
+    from cute_kernels.device import phase1, phase1_bwd
+
+    def patch(machine: Machine) -> types.ModuleType:
+        for name in ("ldmatrix", "mma_k8", "pack", "unpack", "split_vector", "transpose"):
+            monkeypatch.setattr(phase1_bwd, name, getattr(machine, name))
+        for name in ("load_shared", "store_shared", "store_cluster", "load_scalar", "store_pair"):
+            monkeypatch.setattr(phase1_bwd, name, getattr(machine, name))
+        monkeypatch.setattr(phase1, "mma", machine.mma)
+        for name, value in {"Float32": F32, "Int32": I32, "Int64": I32, "select": np.where}.items():
+            monkeypatch.setattr(phase1_bwd, name, value)
+        monkeypatch.setattr(phase1_bwd, "exp_difference", lambda a, b: np.exp(a - b))
+        monkeypatch.setattr(phase1_bwd, "power_of_two_scale", power_of_two_scale)
+        monkeypatch.setattr(cutlass, "min", np.minimum)
+        for name in ("sync_warp", "barrier", "mbarrier_wait", "mbarrier_arrive", "fence_view_async_shared"):
+            monkeypatch.setattr(cute.arch, name, lambda *_, **__: None)
+        monkeypatch.setattr(cute.arch, "elect_one", contextlib.nullcontext)
+        monkeypatch.setattr(cute.arch, "fmax", np.maximum)
+        monkeypatch.setattr(cute.arch, "shuffle_sync_bfly", lambda value, offset: value[..., LANES ^ offset])
+        monkeypatch.setattr(cute, "recast_ptr", lambda *_, **__: Pointer())
+        monkeypatch.setattr(phase1_bwd.Phase1BwdKernel, "announce_totals", lambda *_: None)
+        return phase1_bwd
+
+    return patch
+
+
+def power_of_two_scale(peak):
+    exponent = 13 - np.floor(np.log2(peak))
+    return np.exp2(exponent).astype(np.float32), np.exp2(-exponent).astype(np.float32)
+
+
+def rows_of(values: np.ndarray, machine: Machine, config: Phase1BwdConfig) -> np.ndarray:
+    """[rows, D] as [CTAs, rows, words of a CTA's row]; zeros past the row's end, as the kernel clears them."""
+    columns = config.tile.cta_columns
+    padded = np.zeros((len(values), config.tile.cluster * columns), np.float32)
+    padded[:, : values.shape[1]] = values
+    halves = machine.halves(padded).reshape(len(values), config.tile.cluster, columns)
+    return (halves[..., ::2] | halves[..., 1::2] << 16).swapaxes(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "sources", "queries", "given"),
+    [
+        (2048, 4, 8, {}),
+        (2048, 8, 16, {}),
+        (1024, 8, 24, {}),
+        (1024, 5, 32, {"query": "fp32"}),
+        (7168, 8, 24, {}),
+        (7168, 3, 20, {"accumulate": True}),
+        (384, 5, 3, {"dtype": "fp16", "query": "fp16", "accumulate": True}),
+        (456, 7, 12, {"dtype": "fp16", "query": "fp32"}),
+        (8192, 8, 16, {"query": "fp32", "key_weight": "bf16", "accumulate": True}),
+        (112, 2, 9, {"d_lse": False}),
+        (8, 1, 1, {}),
+    ],
+)
+def test_gradients_of_a_few_tokens(patched, hidden_size: int, sources: int, queries: int, given: dict) -> None:
+    given = {"dtype": "bf16", "query": "bf16", "key_weight": None, "d_lse": True} | given
+    shape = {"hidden_size": hidden_size, "num_sources": sources, "num_queries": queries}
+    config = phase1_bwd_config(**shape, **given)
+    machine = Machine(config)
+    device = patched(machine)
+    tile, tokens = config.tile, 3
+    rng = np.random.default_rng(hidden_size + queries)
+
+    def stored(*size: int) -> np.ndarray:
+        return machine.numbers(machine.halves(rng.standard_normal(size, np.float32)))
+
+    v, d_out, old = (
+        stored(tokens, sources, hidden_size),
+        stored(queries, tokens, hidden_size),
+        stored(tokens, sources, hidden_size),
+    )
+    u = rng.standard_normal((queries, hidden_size), np.float32) * np.float32(1.5 / np.sqrt(hidden_size))
+    if config.query_terms == 1:
+        u = machine.numbers(machine.halves(u))
+    d_lse = rng.standard_normal((queries, tokens)) * config.d_lse
+    scale = 0.7
+
+    # The formulas in float64
+    rstd = (np.square(v.astype(float)).mean(-1) + 1e-6) ** -0.5  # [T, N]
+    logits = scale * np.einsum("tnd,sd->stn", v.astype(float), u) * rstd
+    lse = np.log(np.exp(logits).sum(-1))
+    p = np.exp(logits - lse[..., None])
+    a = np.einsum("std,tnd->stn", d_out.astype(float), v)
+    h = p * (a - (p * a).sum(-1, keepdims=True) + d_lse[..., None])
+    g = scale * rstd * h
+    d_v = np.einsum("stn,std->tnd", p, d_out) + np.einsum("stn,sd->tnd", g, u)
+    d_v -= (rstd**2 / hidden_size * (logits * h).sum(0))[..., None] * v
+    d_v += old * config.accumulate
+    du = np.einsum("stn,tnd->sd", g, v)
+
+    # The kernel
+    kernel = device.Phase1BwdKernel(config)
+    memory = device.Memory(config, Pointer())
+    statistics = device.Statistics(*(machine.place(x) for x in (lse, logits.transpose(0, 2, 1), rstd.T, d_lse)))
+    found_du = machine.place(np.full((queries, hidden_size), np.nan))
+    rank = np.arange(tile.cluster)[:, None, None]
+    work = device.Work(rank, I32(0), I32(1), I32(tokens), I32(tokens))
+    lane = kernel.place(work, np.arange(tile.warps)[None, :, None], LANES[None, None, :])
+    sums = device.Sums(Registers(), Registers(), Registers())
+    for octet in range(config.octets):
+        for k in range(tile.columns // 8):
+            sums.du[0, k, octet] = sums.du[1, k, octet] = machine.full(np.float32(0.0))
+    words = tile.row_bytes // 4
+
+    def fill(first: int, row: int, rows: np.ndarray) -> None:
+        for i in range(rows.shape[1]):
+            at = int(first) // 4 + (row + i) * words
+            machine.shared[:, at : at + rows.shape[2]] = rows[:, i]
+
+    ring = config.ring_bytes // 4
+    machine.shared[:, int(memory.sources) // 4 :][:, :ring] = 0 if config.ragged else 0xFFFFFFFF
+    high = machine.numbers(machine.halves(u))
+    fill(memory.queries, 0, rows_of(high, machine, config))
+    if config.query_terms == 2:
+        fill(memory.queries, queries, rows_of(u - high, machine, config))
+
+    r_statistics, found = Registers(), np.full((tokens, sources, tile.cluster * tile.cta_columns), np.nan)
+    kernel.load_statistics(work, lane, statistics, kernel.item(I32(0), 0), r_statistics)
+
+    def begin(turn: int, number: int) -> None:
+        item = kernel.item(I32(turn), number)
+        if number == 0:
+            _, _, slot = kernel.source_slot(memory, turn)
+            fill(slot, 0, rows_of(v[turn], machine, config))
+            if config.accumulate:
+                fill(slot, sources, rows_of(old[turn], machine, config))
+        for octet in item.octets:
+            _, _, slot = kernel.output_slot(memory, turn, octet)
+            rows = d_out[octet * 8 : octet * 8 + config.octet_rows(octet), turn]
+            fill(slot, 0, rows_of(rows, machine, config))
+        kernel.products(memory, lane, item)
+        kernel.exchange(memory, work, lane, item, statistics, r_statistics, np.float32(scale))
+
+    def end(turn: int, number: int) -> None:
+        kernel.mix(memory, lane, kernel.item(I32(turn), number), sums)
+        if number == config.items - 1:
+            first = (int(memory.stage) + turn % tile.stages * config.stage_bytes) // 4
+            rows = machine.shared[:, first : first + sources * words].reshape(tile.cluster, sources, words)
+            rows = rows[..., : tile.cta_columns // 2]
+            pairs = np.stack([machine.numbers(rows & 0xFFFF), machine.numbers(rows >> 16)], -1)
+            found[turn] = pairs.reshape(tile.cluster, sources, -1).swapaxes(0, 1).reshape(sources, -1)
+
+    items = [(turn, number) for turn in range(tokens) for number in range(config.items)]
+    for now, before in zip([*items, None], [None, *items], strict=True):
+        if now:
+            begin(*now)
+        if before:
+            end(*before)
+    kernel.store_du(work, lane, found_du, sums.du)
+    found = found[..., :hidden_size]
+    found_du = machine.device.view(np.float32)[found_du // 4 :][: du.size].reshape(du.shape)
+
+    rounded = machine.numbers(machine.halves(d_v.astype(np.float32)))
+    floor = np.linalg.norm(rounded - d_v)
+    assert np.linalg.norm(found - d_v) <= 1.05 * floor + 1e-6 * np.linalg.norm(d_v)
+    # Weights of two terms have 17 bits (bf16) or 22; of three, fp32's own.
+    wanted = 1e-6 if config.weight_terms == 3 or config.dtype == "fp16" else 2e-5
+    assert np.linalg.norm(found_du - du) <= wanted * np.linalg.norm(du) + 1e-6
