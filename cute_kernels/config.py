@@ -69,9 +69,18 @@ SPARE_REGISTERS = 14  # besides rows, query and two sums for each row; tests com
 
 
 def refusal(
-    *, op: str, dtype: torch.dtype, hidden_size: int, num_sources: int, num_queries: int, byte_alignment: int
+    *,
+    op: str,
+    dtype: torch.dtype,
+    hidden_size: int,
+    num_sources: int,
+    num_queries: int,
+    byte_alignment: int,
+    features: tuple[str, ...] = (),
 ) -> str | None:
     """Why the CuTe backend cannot take this call, or None. All limits are stated here."""
+    if features:
+        return f"{op} has no CuTe kernel yet for {' and '.join(features)}"
     if op in PHASE1_OPS:
         from cute_kernels.config_phase1 import phase1_refusal
         from cute_kernels.config_phase1_bwd import phase1_bwd_refusal

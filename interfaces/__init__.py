@@ -12,6 +12,7 @@ from attnres.network import block_attn_res
 from attnres.numerics import NumericsError
 from attnres.phase1 import phase_1
 from attnres.phase2 import phase_2
+from attnres.scaled import ScaledTensor
 from attnres.serve import attn_res_step
 from attnres.sites import BlockSites
 
@@ -24,6 +25,7 @@ __all__ = [
     "BlockSites",
     "Explanation",
     "NumericsError",
+    "ScaledTensor",
     "attn_res",
     "attn_res_step",
     "available_backends",

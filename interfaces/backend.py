@@ -47,6 +47,7 @@ class Spec:
     num_sources: int = 1
     num_queries: int = 1
     byte_alignment: int = 16  # largest power of two <= 16 that divides every storage tensor's address and row stride
+    features: tuple[str, ...] = ()  # beyond one dtype of all storage tensors: dtypes.features
 
 
 @contextlib.contextmanager
@@ -113,6 +114,7 @@ def refusal(name: str, spec: Spec) -> str | None:
         num_sources=spec.num_sources,
         num_queries=spec.num_queries,
         byte_alignment=spec.byte_alignment,
+        features=spec.features,
     )
 
 
@@ -151,14 +153,16 @@ def launcher(op: str, backend: str) -> Callable[..., None]:
     return _import_launcher(op, backend)
 
 
-def launch(op: str, backend: str, device: torch.device, *arguments: Any) -> None:
-    """Runs a launcher with the tensors' device current."""
+def launch(op: str, backend: str, device: torch.device, *arguments: Any, **precision: Any) -> None:
+    """Runs a launcher with the tensors' device current. `precision`: scales and seed; those that are None are not passed."""
     run = launcher(op, backend)
+    if precision:
+        precision = {name: value for name, value in precision.items() if value is not None}
     if device.type != "cuda" or device.index == torch.cuda.current_device():
-        run(*arguments)
+        run(*arguments, **precision)
     else:
         with torch.cuda.device(device):
-            run(*arguments)
+            run(*arguments, **precision)
 
 
 _TREES = {"triton": "triton_ref", "cute": "cute_kernels"}

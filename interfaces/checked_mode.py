@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnres.scaled import SCALED_FP16, ScaledTensor
+
 ENVIRONMENT_VARIABLE = "ATTNRES_CHECK"
 MODES = ("off", "sample", "full")
 SAMPLED_ROWS = 64
@@ -58,14 +60,18 @@ def verify(
     op: str,
     backend: str,
     arguments: Mapping[str, Any],
-    results: Mapping[str, Tensor | Sequence[Tensor] | None],
+    results: Mapping[str, Tensor | ScaledTensor | Sequence[Tensor] | None],
     grad_outputs: Mapping[str, Tensor | None] | None = None,
+    stochastic: Sequence[str] = (),
 ) -> None:
-    """Judges the results that are given, by the names of oracle.reference, tokens flattened to one axis."""
+    """Judges the results that are given, by the names of oracle.reference, tokens flattened to one axis.
+
+    stochastic: the names of those that were rounded so.
+    """
     from attnres import numerics, oracle
 
     name, per_token = next((n, v) for n, v in results.items() if v is not None and oracle.token_axis(n) is not None)
-    sample = per_token if isinstance(per_token, Tensor) else per_token[0]
+    sample = per_token if isinstance(per_token, (Tensor, ScaledTensor)) else per_token[0]
     rows = _rows(sample.shape[oracle.token_axis(name) or 0], sample.device)
     given = {name: _pick(value, name, rows) for name, value in arguments.items()}
     grads = {name: _pick(value, name, rows) for name, value in (grad_outputs or {}).items() if value is not None}
@@ -73,27 +79,63 @@ def verify(
     for name, value in results.items():
         if value is None or (rows is not None and oracle.token_axis(name) is None):
             continue
-        found = _at_row(numerics.judge_reference(_pick(value, name, rows), references[name]), rows)
+        found = numerics.judge_reference(_pick(value, name, rows), references[name], name in stochastic)
+        found = _at_row(found, rows)
         verdict = numerics.Verdict(op, name, backend, _dtype(value), _shape(value), found)
         if not verdict.ok:
             raise numerics.NumericsError(verdict)
 
 
-def verify_step(backend: str, arguments: Mapping[str, Any], results: Mapping[str, Tensor]) -> None:
-    """Judges a serving step: `out` by its budget, the tensors updated in place to the bit. `arguments` are as before the call."""
+def verify_sum(
+    op: str,
+    name: str,
+    backend: str,
+    addend: Tensor | ScaledTensor,
+    delta: Tensor,
+    result: Tensor | ScaledTensor,
+    stochastic: bool,
+) -> None:
+    """Judges a new partial sum [T, D], `addend + delta` as it is stored."""
+    from attnres import numerics
+
+    rows = _rows(result.shape[0], result.device)
+    x, y, picked = (_pick_tokens(value, rows) for value in (addend, delta, result))
+    exact = x.to(torch.float64) + y.double()
+    found = numerics.judge(picked, exact, kind="output", plain32=exact.float(), stochastic=stochastic)
+    if not found.ok:
+        found = _at_row(found, rows)
+        raise numerics.NumericsError(numerics.Verdict(op, name, backend, _dtype(result), _shape(result), found))
+
+
+def verify_step(
+    backend: str,
+    arguments: Mapping[str, Any],
+    out: Tensor,
+    prefix: Tensor | ScaledTensor,
+    blocks: Tensor | ScaledTensor,
+    stochastic: bool,
+) -> None:
+    """Judges a serving step: `out` by its budget, what it updates in place to the bit. `arguments` are as before the call.
+
+    A prefix that was rounded stochastically must be a neighbour of the sum; the rest follows from it.
+    """
     from attnres import numerics, oracle
 
-    rows = _rows(results["out"].shape[0], results["out"].device)
+    rows = _rows(out.shape[0], out.device)
     given = {name: _pick_tokens(value, rows) if name in _STEP_STORAGE else value for name, value in arguments.items()}
+    if stochastic:
+        verify_sum("step", "prefix", backend, arguments["prefix"], arguments["delta"], prefix, True)
+        given |= {"prefix": _pick_tokens(prefix, rows), "delta": None}
     expected = oracle.step(**given)._asdict()
-    reference = oracle.reference("step", given)["out"]
-    for name, value in results.items():
+    reference = oracle.reference("step", {**given, "prefix": expected["prefix"], "delta": None})["out"]
+    for name, value in (("prefix", prefix), ("blocks", blocks), ("out", out)):
         picked = _pick_tokens(value, rows)
         if name == "out":
             found = numerics.judge_reference(picked, reference)
             ok = found.ok
         else:
-            found = numerics.judge(picked, expected[name].double(), kind="output", plain32=expected[name])
+            exact = expected[name].to(torch.float64)
+            found = numerics.judge(picked, exact, kind="output", plain32=exact.float())
             ok = numerics.differing_elements(picked, expected[name]) == 0
         if not ok:
             raise numerics.NumericsError(
@@ -105,7 +147,7 @@ _STEP_STORAGE = ("prefix", "delta", "blocks")
 
 
 def _pick_tokens(value: Any, rows: Tensor | None) -> Any:
-    return value if rows is None or value is None else value.index_select(0, rows)
+    return value if rows is None or value is None else value[rows]
 
 
 def _at_row(found: Any, rows: Tensor | None) -> Any:
@@ -126,9 +168,9 @@ def _pick(value: Any, name: str, rows: Tensor | None) -> Any:
     if isinstance(value, (list, tuple)):
         return [_pick(part, name, rows) for part in value]
     axis = oracle.token_axis(name)
-    if rows is None or axis is None or not isinstance(value, Tensor):
+    if rows is None or axis is None or not isinstance(value, (Tensor, ScaledTensor)):
         return value
-    return value.index_select(value.dim() + axis, rows)
+    return value[(slice(None),) * (value.dim() + axis) + (rows,)]
 
 
 def _known(mode: str, origin: str) -> str:
@@ -137,9 +179,15 @@ def _known(mode: str, origin: str) -> str:
     return mode
 
 
-def _dtype(value: Tensor | Sequence[Tensor]) -> str:
+def _dtype(value: Tensor | ScaledTensor | Sequence[Tensor]) -> str:
+    if isinstance(value, ScaledTensor):
+        return SCALED_FP16
     return str((value if isinstance(value, Tensor) else value[0]).dtype).removeprefix("torch.")
 
 
-def _shape(value: Tensor | Sequence[Tensor]) -> str:
-    return str(list(value.shape)) if isinstance(value, Tensor) else f"{len(value)} x {list(value[0].shape)}"
+def _shape(value: Tensor | ScaledTensor | Sequence[Tensor]) -> str:
+    return (
+        str(list(value.shape))
+        if isinstance(value, (Tensor, ScaledTensor))
+        else f"{len(value)} x {list(value[0].shape)}"
+    )

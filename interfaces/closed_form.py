@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from attnres import scaled
+
 # unit roundoff of float32
 ROUNDOFF = 2.0**-24
 # of a sum over D, in units of the root sum of squares of its terms: each level of a pairwise sum rounds once more
@@ -39,7 +41,7 @@ def evaluate(
     tensors: Mapping[str, Tensor],
     options: Mapping[str, Any],
     grads: Mapping[str, Tensor],
-    storage: torch.dtype,
+    storage: torch.dtype | str,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Float32 results and their noise, by the names of oracle.reference. Sources are stacked [L, T, D]."""
     given: dict[str, Any] = {name: value.detach().float() for name, value in tensors.items()} | dict(options)
@@ -168,7 +170,7 @@ class _Site:
         return results
 
 
-def _mix(given: dict[str, Any], grads: Mapping[str, Tensor], storage: torch.dtype) -> Results:
+def _mix(given: dict[str, Any], grads: Mapping[str, Tensor], storage: torch.dtype | str) -> Results:
     eps = given.get("rms_eps", 1e-6)
     site = _Site(
         given["residuals"],
@@ -187,7 +189,7 @@ def _mix(given: dict[str, Any], grads: Mapping[str, Tensor], storage: torch.dtyp
     return results
 
 
-def _phase1(given: dict[str, Any], grads: Mapping[str, Tensor], storage: torch.dtype) -> Results:
+def _phase1(given: dict[str, Any], grads: Mapping[str, Tensor], storage: torch.dtype | str) -> Results:
     sources, queries, weights = given["block_representations"], given["pseudo_queries"], given.get("rms_weight")
     shared = weights is not None and weights.dim() == 1
     outs, lses, found = [], [], []
@@ -208,9 +210,9 @@ def _phase1(given: dict[str, Any], grads: Mapping[str, Tensor], storage: torch.d
     return results
 
 
-def _phase2(given: dict[str, Any], grads: Mapping[str, Tensor], storage: torch.dtype) -> Results:
+def _phase2(given: dict[str, Any], grads: Mapping[str, Tensor], storage: torch.dtype | str) -> Results:
     eps, delta = given["eps"], given.get("delta")
-    x = given["partial_sum"] if delta is None else (given["partial_sum"] + delta).to(storage).float()
+    x = given["partial_sum"] if delta is None else scaled.rounded(given["partial_sum"] + delta, storage)
     site = _Site(
         torch.stack([x, given["inter_out"]]),
         given["pseudo_query"],

@@ -15,22 +15,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnres import dtypes, rounding
 from attnres.backend import MAX_SOURCES, Spec
+from attnres.scaled import SCALED_FP16, ScaledTensor
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_TOKENS = 2**31 - 1
 
+Rows = Tensor | ScaledTensor  # what stores rows of D elements: sources, block representations, partial sums
+
 
 def check_mix(
     query: Tensor,
-    residuals: Sequence[Tensor] | Tensor,
+    residuals: Sequence[Rows] | Rows,
     rms_weight: Tensor | None = None,
     output_rms_weight: Tensor | None = None,
     rms_eps: float = 1e-6,
     scale: float = 1.0,
     return_weights: bool = False,
     checkpoint_level: int = 1,
-) -> list[Tensor]:
+    *,
+    out_dtype: torch.dtype | None = None,
+) -> list[Rows]:
     """Checks attn_res's arguments; returns the residuals as a list: L tensors [..., D], or the one stacked [L, ..., D]."""
     sources, first = _sources("residuals", residuals)
     _query("query", query, first)
@@ -42,16 +48,21 @@ def check_mix(
         raise ValueError(
             f"checkpoint_level is {checkpoint_level!r}; allowed are 0 (keep the mixed residual) and 1 (recompute)"
         )
+    _out_dtype(out_dtype, first)
     return sources
 
 
 def check_phase_1(
-    block_representations: Sequence[Tensor] | Tensor,
+    block_representations: Sequence[Rows] | Rows,
     pseudo_queries: Tensor,
     eps: float,
     rms_weight: Tensor | None = None,
     scale: float = 1.0,
-) -> list[Tensor]:
+    *,
+    storage: str | None = None,
+    out_dtype: torch.dtype | None = None,
+    stochastic_seed: int | None = None,
+) -> list[Rows]:
     """Checks phase_1's arguments; returns the block representations as a list, as check_mix does."""
     sources, first = _sources("block_representations", block_representations)
     _floating("pseudo_queries", pseudo_queries, first)
@@ -68,13 +79,16 @@ def check_phase_1(
             )
     _eps("eps", eps)
     _number("scale", scale)
+    _format(storage)
+    _out_dtype(out_dtype, first)
+    _seed(stochastic_seed, first.dtype if out_dtype is None else out_dtype, storage)
     return sources
 
 
 def check_phase_2(
-    partial_sum: Tensor,
+    partial_sum: Rows,
     pseudo_query: Tensor,
-    inter_out: Tensor,
+    inter_out: Rows,
     inter_lse: Tensor,
     eps: float,
     rms_weight: Tensor | None = None,
@@ -83,12 +97,16 @@ def check_phase_2(
     delta: Tensor | None = None,
     output_rms_weight: Tensor | None = None,
     output_rms_eps: float | None = None,
+    storage: str | None = None,
+    out_dtype: torch.dtype | None = None,
+    stochastic_seed: int | None = None,
 ) -> None:
     """Checks phase_2's arguments."""
     _storage("partial_sum", partial_sum)
-    _like("inter_out", inter_out, "partial_sum", partial_sum)
+    _goes_with("inter_out", inter_out, "inter_out", "partial_sum", partial_sum)
     if delta is not None:
-        _like("delta", delta, "partial_sum", partial_sum)
+        _tensor("delta", delta)
+        _goes_with("delta", delta, "delta", "partial_sum", partial_sum)
     _tensor("inter_lse", inter_lse)
     if inter_lse.dtype != torch.float32 or inter_lse.shape != partial_sum.shape[:-1]:
         raise ValueError(
@@ -102,6 +120,13 @@ def check_phase_2(
     if output_rms_eps is not None:
         _eps("output_rms_eps", output_rms_eps)
     _number("scale", scale)
+    if storage is None and out_dtype is None and stochastic_seed is None:
+        return
+    _format(storage)
+    _out_dtype(out_dtype, partial_sum)
+    _of_new_sum("storage", storage, delta)
+    _of_new_sum("stochastic_seed", stochastic_seed, delta)
+    _seed(stochastic_seed, partial_sum.dtype, SCALED_FP16 if isinstance(partial_sum, ScaledTensor) else storage)
 
 
 def check_network(
@@ -173,9 +198,9 @@ def one_run(tensor: Tensor) -> bool:
 
 
 def check_step(
-    prefix: Tensor,
+    prefix: Rows,
     delta: Tensor | None,
-    blocks: Tensor,
+    blocks: Rows,
     norm_weight: Tensor | None,
     qk_weight: Tensor,
     output_norm_weight: Tensor | None,
@@ -183,22 +208,27 @@ def check_step(
     block_write_idx: int,
     eps: float,
     output_norm_eps: float,
+    *,
+    out_dtype: torch.dtype | None = None,
+    stochastic_seed: int | None = None,
 ) -> None:
     """Checks attn_res_step's arguments."""
     _storage("prefix", prefix)
     if prefix.dim() != 2:
         raise ValueError(f"prefix has shape {_shape(prefix)}; allowed is [T, D]")
     if delta is not None:
-        _like("delta", delta, "prefix", prefix)
-    _storage("blocks", blocks)
+        _tensor("delta", delta)
+        _goes_with("delta", delta, "delta", "prefix", prefix)
+    # with any strides over tokens and blocks
+    _floating("blocks", blocks.values if isinstance(blocks, ScaledTensor) else blocks, None)
     _same_device("blocks", blocks, prefix)
     tokens, size = prefix.shape
-    if blocks.dim() != 3 or blocks.shape[0] != tokens or blocks.shape[2] != size or blocks.dtype != prefix.dtype:
+    if blocks.dim() != 3 or blocks.shape[0] != tokens or blocks.shape[2] != size or not _same_format(blocks, prefix):
         raise ValueError(
-            f"blocks is {describe(blocks)}; allowed is {_name(prefix.dtype)} [T, blocks, D] with T = {tokens} and D = {size}"
+            f"blocks is {describe(blocks)}; allowed is {_storage_name(prefix)} [T, blocks, D] with T = {tokens} and D = {size}"
         )
     for name, written, wanted in (("prefix", prefix, delta is not None), ("blocks", blocks, block_write_idx >= 0)):
-        if wanted and written.shape[0] > 1 and written.stride(0) == 0:
+        if wanted and written.shape[0] > 1 and 0 in [part.stride(0) for part in memory(written)]:
             raise ValueError(
                 f"{name} is expanded (stride 0 over tokens) and is written in place; pass memory of its own"
             )
@@ -217,6 +247,9 @@ def check_step(
         )
     _eps("eps", eps)
     _eps("output_norm_eps", output_norm_eps)
+    _out_dtype(out_dtype, prefix)
+    _of_new_sum("stochastic_seed", stochastic_seed, delta)
+    _seed(stochastic_seed, prefix.dtype, SCALED_FP16 if isinstance(prefix, ScaledTensor) else None)
     given = (prefix, delta, blocks, norm_weight, qk_weight, output_norm_weight)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in given):
         raise ValueError(
@@ -240,16 +273,79 @@ def unstack(sources: list[Tensor], stacked: bool) -> list[Tensor]:
     return [rows(source) for source in (sources[0].unbind(0) if stacked else sources)]
 
 
-def spec(op: str, tensors: Sequence[Tensor], num_sources: int = 1, num_queries: int = 1) -> Spec:
-    """What the backends are asked about a launch; `tensors` are all its storage tensors, as rows [T, D]."""
+def unstack_scales(scales: list[Tensor] | None, stacked: bool) -> list[Tensor] | None:
+    """The scales of checked sources, one of each row: L views [T]."""
+    return None if scales is None else [vector(scale) for scale in (scales[0].unbind(0) if stacked else scales)]
+
+
+def is_stacked(sources: Sequence[Rows] | Rows) -> bool:
+    return isinstance(sources, (Tensor, ScaledTensor))
+
+
+def parts(sources: Sequence[Rows]) -> tuple[list[Tensor], list[Tensor] | None, list[Tensor] | None]:
+    """Checked sources as an operator takes them: what stands for each in the autograd graph; values and scales, if scaled."""
+    if isinstance(sources[0], Tensor):
+        return list(sources), None, None  # type: ignore[arg-type]
+    scaled = [source for source in sources if isinstance(source, ScaledTensor)]
+    return [s.stand_in for s in scaled], [s.values for s in scaled], [s.scale for s in scaled]
+
+
+def part(source: Rows) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`parts` of one."""
+    return (source, None, None) if isinstance(source, Tensor) else (source.stand_in, source.values, source.scale)
+
+
+def thirds(tensors: list[Tensor], count: int) -> tuple[list[Tensor], list[Tensor] | None, list[Tensor] | None]:
+    """`parts` again, from one list: what was saved for a backward."""
+    return tensors[:count], tensors[count : 2 * count] or None, tensors[2 * count :] or None
+
+
+def memory(source: Rows) -> tuple[Tensor, ...]:
+    return (source,) if isinstance(source, Tensor) else (source.values, source.scale)
+
+
+def scaled_or_plain(values: Tensor, scale: Tensor | None) -> Rows:
+    return values if scale is None else ScaledTensor(values, scale)
+
+
+def represented(values: Sequence[Tensor], scales: Sequence[Tensor] | None) -> list[Rows]:
+    """Rows and their scales for the oracle."""
+    return list(values) if scales is None else [ScaledTensor(v, s) for v, s in zip(values, scales, strict=True)]
+
+
+def spec(
+    op: str,
+    tensors: Sequence[Tensor],
+    num_sources: int = 1,
+    num_queries: int = 1,
+    *,
+    stored: Sequence[torch.dtype] = (),
+    scaled: bool = False,
+    seed: int | None = None,
+) -> Spec:
+    """What the backends are asked about a launch; `tensors` are its storage tensors, as rows [T, D].
+
+    stored: the dtypes of those that the launch's caller allocates, contiguous.
+    """
     first, alignment = tensors[0], byte_alignment(tensors)
-    return Spec(op, first.device, first.dtype, first.shape[-1], num_sources, num_queries, alignment)
+    features = dtypes.features({*stored, *[tensor.dtype for tensor in tensors]}, scaled, seed)
+    return Spec(op, first.device, first.dtype, first.shape[-1], num_sources, num_queries, alignment, features)
 
 
-def step_spec(prefix: Tensor, delta: Tensor | None, blocks: Tensor, num_blocks: int) -> Spec:
+def step_spec(
+    prefix: Tensor,
+    delta: Tensor | None,
+    blocks: Tensor,
+    num_blocks: int,
+    *,
+    stored: Sequence[torch.dtype] = (),
+    scaled: bool = False,
+    seed: int | None = None,
+) -> Spec:
     """`spec` of the serving step."""
     tensors = [prefix, *blocks[:, :2].unbind(1)]  # two blocks tell the alignment of the block stride
-    return spec("serve_step", tensors if delta is None else [*tensors, delta], num_blocks + 1)
+    given = tensors if delta is None else [*tensors, delta]
+    return spec("serve_step", given, num_blocks + 1, stored=stored, scaled=scaled, seed=seed)
 
 
 def byte_alignment(tensors: Sequence[Tensor]) -> int:
@@ -262,18 +358,19 @@ def byte_alignment(tensors: Sequence[Tensor]) -> int:
     return bits & -bits
 
 
-def describe(value: Tensor) -> str:
-    """dtype and shape."""
-    return f"{_name(value.dtype)} {_shape(value)}"
+def describe(value: Rows) -> str:
+    """Format and shape."""
+    return f"{_storage_name(value)} {_shape(value)}"
 
 
-def _sources(name: str, value: Any) -> tuple[list[Tensor], Tensor]:
+def _sources(name: str, value: Any) -> tuple[list[Rows], Rows]:
     """The sources as a list (one stacked tensor alone), and one of them [..., D]."""
-    if isinstance(value, Tensor):
+    if is_stacked(value):
         if value.dim() < 2:
             raise ValueError(f"{name} has shape {_shape(value)}; one stacked tensor must be [L, ..., D]")
         _count(name, value.shape[0])
-        _floating(name, value, None)
+        if isinstance(value, Tensor):
+            _floating(name, value, None)
         first = value[0]
         _storage(f"{name}[0]", first)
         return [value], first
@@ -294,12 +391,58 @@ def _count(name: str, count: int) -> None:
         raise ValueError(f"{name} has {count} sources; allowed are 1 to {MAX_SOURCES}")
 
 
+def _format(storage: str | None) -> None:
+    if storage not in (None, SCALED_FP16):
+        raise ValueError(f"storage is {storage!r}; allowed are None and {SCALED_FP16!r}")
+
+
+def _out_dtype(out_dtype: torch.dtype | None, storage: Rows) -> None:
+    if out_dtype is not None:
+        dtypes.check(_storage_name(storage), "out", "out_dtype", _name(out_dtype))
+
+
+def _of_new_sum(name: str, value: Any, delta: Tensor | None) -> None:
+    if value is not None and delta is None:
+        raise ValueError(f"{name} is {value!r}, and is for the new sum: there is none without delta")
+
+
+def _seed(seed: Any, stored: torch.dtype, storage: str | None) -> None:
+    if seed is None:
+        return
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"stochastic_seed is a {type(seed).__name__}; allowed is an int")
+    if not 0 <= seed <= rounding.MAX_SEED:
+        raise ValueError(f"stochastic_seed is {seed}; allowed are 0 to 2**63 - 1")
+    if storage is None and stored == torch.float32:
+        raise ValueError("stochastic_seed is given for a float32 result; allowed are bfloat16, float16 and scaled fp16")
+
+
+def _storage_name(value: Rows) -> str:
+    return SCALED_FP16 if isinstance(value, ScaledTensor) else _name(value.dtype)
+
+
+def _same_format(value: Any, reference: Rows) -> bool:
+    return isinstance(value, ScaledTensor) == isinstance(reference, ScaledTensor) and value.dtype == reference.dtype
+
+
+def _goes_with(name: str, value: Any, column: str, reference_name: str, reference: Rows) -> None:
+    """A tensor with the shape and device of one that has been checked, in a format that the table allows."""
+    if isinstance(reference, Tensor) and isinstance(value, Tensor) and value.dtype == reference.dtype:
+        _like(name, value, reference_name, reference)
+        return
+    _storage(name, value)
+    if value.shape != reference.shape:
+        raise ValueError(f"{name} is {describe(value)}; allowed is {_shape(reference)}, as {reference_name}")
+    _same_device(name, value, reference)
+    dtypes.check(_storage_name(reference), column, name, _storage_name(value))
+
+
 def _tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a {type(value).__name__}; allowed is a torch.Tensor")
 
 
-def _floating(name: str, value: Any, reference: Tensor | None) -> None:
+def _floating(name: str, value: Any, reference: Rows | None) -> None:
     _tensor(name, value)
     if value.dtype not in DTYPES:
         raise ValueError(f"{name} has dtype {_name(value.dtype)}; allowed are {', '.join(map(_name, DTYPES))}")
@@ -314,7 +457,16 @@ def _floating(name: str, value: Any, reference: Tensor | None) -> None:
 
 
 def _storage(name: str, value: Any) -> None:
-    """A tensor [..., D] whose leading dimensions are one run of rows."""
+    """Rows [..., D] whose leading dimensions are one run."""
+    if isinstance(value, ScaledTensor):
+        _storage(f"{name}.values", value.values)
+        try:
+            value.scale.view(-1)
+        except RuntimeError:
+            raise ValueError(
+                f"{name}.scale has strides {tuple(value.scale.stride())} for shape {_shape(value.scale)}: it is not one run"
+            ) from None
+        return
     _floating(name, value, None)
     if value.dim() < 1 or value.shape[-1] == 0:
         raise ValueError(f"{name} has shape {_shape(value)}; allowed is [..., D] with D >= 1")
@@ -330,10 +482,11 @@ def _storage(name: str, value: Any) -> None:
         raise ValueError(f"{name} has {value.numel() // value.shape[-1]} tokens; allowed are at most {MAX_TOKENS}")
 
 
-def _like(name: str, value: Any, reference_name: str, reference: Tensor) -> None:
+def _like(name: str, value: Any, reference_name: str, reference: Rows) -> None:
     """A tensor with the shape, dtype and device of one that has been checked."""
     if (
         isinstance(value, Tensor)
+        and isinstance(reference, Tensor)
         and value.shape == reference.shape
         and value.dtype == reference.dtype
         and value.stride() == reference.stride()
@@ -342,12 +495,12 @@ def _like(name: str, value: Any, reference_name: str, reference: Tensor) -> None
     ):
         return  # What was found of the reference holds for it: a third of the time of the checks below.
     _storage(name, value)
-    if value.shape != reference.shape or value.dtype != reference.dtype:
+    if value.shape != reference.shape or not _same_format(value, reference):
         raise ValueError(f"{name} is {describe(value)}; allowed is {describe(reference)}, as {reference_name}")
     _same_device(name, value, reference)
 
 
-def _query(name: str, value: Any, reference: Tensor) -> None:
+def _query(name: str, value: Any, reference: Rows) -> None:
     _floating(name, value, reference)
     size = reference.shape[-1]
     if value.shape != (size,) and value.shape != (size, 1):
@@ -358,7 +511,7 @@ def _query(name: str, value: Any, reference: Tensor) -> None:
         )
 
 
-def _parameter(name: str, value: Any, reference: Tensor, required: bool = False) -> None:
+def _parameter(name: str, value: Any, reference: Rows, required: bool = False) -> None:
     if value is None and not required:
         return
     _floating(name, value, reference)
@@ -366,7 +519,7 @@ def _parameter(name: str, value: Any, reference: Tensor, required: bool = False)
         raise ValueError(f"{name} has shape {_shape(value)}; allowed is [{reference.shape[-1]}]")
 
 
-def _same_device(name: str, value: Tensor, reference: Tensor) -> None:
+def _same_device(name: str, value: Rows, reference: Rows) -> None:
     if value.device != reference.device:
         raise ValueError(f"{name} is on {value.device}; allowed is {reference.device}, where the other tensors are")
 
@@ -388,5 +541,5 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _shape(value: Tensor) -> list[int]:
+def _shape(value: Rows) -> list[int]:
     return list(value.shape)

@@ -7,13 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from attnres import backend as backends
 from attnres import contracts
 from attnres.mix import attn_res
 from attnres.phase1 import phase_1
 from attnres.phase2 import phase_2
+from attnres.scaled import ScaledTensor
 from attnres.serve import attn_res_step
 
 
@@ -65,27 +64,48 @@ def _choice(choose: Callable[..., str], *arguments: Any) -> str | None:
 
 def _mix_specs(arguments: dict[str, Any]) -> list[backends.Spec]:
     sources = contracts.check_mix(**arguments)
-    rows = contracts.unstack(sources, isinstance(arguments["residuals"], Tensor))
-    return [contracts.spec(op, rows, len(rows)) for op in ("mix_fwd", "mix_bwd")]
+    return _of_sources(("mix_fwd", "mix_bwd"), sources, contracts.is_stacked(arguments["residuals"]), arguments)
 
 
 def _phase_1_specs(arguments: dict[str, Any]) -> list[backends.Spec]:
     sources = contracts.check_phase_1(**arguments)
-    rows = contracts.unstack(sources, isinstance(arguments["block_representations"], Tensor))
-    sites = arguments["pseudo_queries"].shape[0]
-    return [contracts.spec(op, rows, len(rows), sites) for op in ("phase1_fwd", "phase1_bwd")]
+    stacked, sites = contracts.is_stacked(arguments["block_representations"]), arguments["pseudo_queries"].shape[0]
+    return _of_sources(("phase1_fwd", "phase1_bwd"), sources, stacked, arguments, sites)
+
+
+def _of_sources(
+    ops: tuple[str, ...], sources: list[contracts.Rows], stacked: bool, arguments: dict[str, Any], num_queries: int = 1
+) -> list[backends.Spec]:
+    stand_ins, values, scales = contracts.parts(sources)
+    rows = contracts.unstack(values or stand_ins, stacked)
+    scaled, seed = scales is not None or arguments.get("storage") is not None, arguments.get("stochastic_seed")
+    # the gradients of plain sources have their dtype
+    stored = (arguments["out_dtype"] or stand_ins[0].dtype,)
+    return [contracts.spec(op, rows, len(rows), num_queries, stored=stored, scaled=scaled, seed=seed) for op in ops]
 
 
 def _phase_2_specs(arguments: dict[str, Any]) -> list[backends.Spec]:
     contracts.check_phase_2(**arguments)
-    storage = [arguments[name] for name in ("partial_sum", "inter_out", "delta")]
-    rows = [contracts.rows(tensor) for tensor in storage if tensor is not None]
-    return [contracts.spec(op, rows) for op in ("phase2_fwd", "phase2_bwd")]
+    given = [arguments[name] for name in ("partial_sum", "inter_out", "delta") if arguments[name] is not None]
+    rows = [contracts.rows(contracts.memory(tensor)[0]) for tensor in given]
+    stored = (arguments["out_dtype"] or given[0].dtype,)
+    scaled = arguments["storage"] is not None or any(isinstance(tensor, ScaledTensor) for tensor in given)
+    return [
+        contracts.spec("phase2_fwd", rows, stored=stored, scaled=scaled, seed=arguments["stochastic_seed"]),
+        contracts.spec("phase2_bwd", rows[:2], stored=stored, scaled=scaled),
+    ]
 
 
 def _step_specs(arguments: dict[str, Any]) -> list[backends.Spec]:
     contracts.check_step(**arguments)
-    return [contracts.step_spec(arguments["prefix"], arguments["delta"], arguments["blocks"], arguments["num_blocks"])]
+    prefix, blocks = arguments["prefix"], contracts.memory(arguments["blocks"])[0]
+    rows, scaled = contracts.memory(prefix)[0], isinstance(prefix, ScaledTensor)
+    options = {
+        "stored": (arguments["out_dtype"] or prefix.dtype,),
+        "scaled": scaled,
+        "seed": arguments["stochastic_seed"],
+    }
+    return [contracts.step_spec(rows, arguments["delta"], blocks, arguments["num_blocks"], **options)]
 
 
 _SPECS: dict[Callable[..., Any], Callable[[dict[str, Any]], list[backends.Spec]]] = {

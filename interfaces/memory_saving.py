@@ -220,7 +220,7 @@ class _Block:
     def _run(self, surroundings: Surroundings) -> tuple[Tensor | None, Tensor]:
         """Fills what the backward needs; returns the partial sum before the last layer's output, and that output."""
         chain, (query, key, _) = self.chain, self.weights
-        outputs = (self.rows[:-1], self.lse, self.logits, self.rstd)
+        outputs = (self.rows[:-1], self.lse, self.logits, self.rstd, None, None)
         phase1.fill_outputs(outputs, self.sources, query, key, chain.eps, chain.scale, False, *self.request)
         partial = update = None
         for site, index in enumerate(self.sites):
@@ -245,7 +245,7 @@ class _Block:
             )
             return hidden, None, tuple(saved)
         x, delta = (update, None) if partial is None else (partial, update)
-        hidden, total, logit, rstd = phase2.forward(
+        hidden, total, logit, rstd, *_ = phase2.forward(
             x,
             delta,
             query,

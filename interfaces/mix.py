@@ -11,12 +11,12 @@ from torch import Tensor
 
 from attnres import backend as backends
 from attnres import checked_mode, contracts
-from attnres.registration import Operator, Outputs, needs_grad
+from attnres.registration import Operator, Outputs, needs_grad, no_gradients
 
 
 def attn_res(
     query: Tensor,
-    residuals: Sequence[Tensor] | Tensor,
+    residuals: Sequence[contracts.Rows] | contracts.Rows,
     rms_weight: Tensor | None = None,
     output_rms_weight: Tensor | None = None,
     rms_eps: float = 1e-6,
@@ -24,6 +24,7 @@ def attn_res(
     return_weights: bool = False,
     checkpoint_level: int = 1,
     *,
+    out_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Mixes residual sources by a softmax over depth (arXiv:2603.15031, Full AttnRes).
@@ -33,18 +34,19 @@ def attn_res(
 
     Args:
         query: pseudo-query [D] or [D, 1].
-        residuals: 1 to 64 sources [..., D] of one dtype (bfloat16, float16 or float32), or one stacked tensor [L, ..., D].
-            Nothing is copied: each source may have its own row stride.
+        residuals: 1 to 64 sources [..., D] of one dtype (bfloat16, float16 or float32) or all of them ScaledTensor, or one
+            stacked tensor [L, ..., D]. Nothing is copied: each source may have its own row stride.
         rms_weight: weight of the keys' RMSNorm [D]; None is a weight of ones.
         output_rms_weight: weight [D] of an RMSNorm of the mix, fused: the PreNorm of the sublayer that follows.
         rms_eps: epsilon of both norms.
         scale: factor of the logits.
         return_weights: also return the softmax weights [L, ...], float32, without gradient.
         checkpoint_level: with output_rms_weight, 0 keeps the mix (float32) for the backward, 1 recomputes it.
+        out_dtype: dtype of out, of those that dtypes.TABLE lists; None is the sources' dtype.
         backend: "auto", "cute", "triton" or "torch"; None leaves it to use_backend and ATTNRES_BACKEND.
 
     Returns:
-        out [..., D] in the sources' dtype, or (out, weights).
+        out [..., D], or (out, weights).
 
     query and weights may each be bfloat16, float16 or float32; their gradients come in their own dtype. Saved for the
     backward: the inputs and, per source and token, logit and 1/rms in float32. Arithmetic is float32; the same inputs give
@@ -55,22 +57,34 @@ def attn_res(
         BackendError: the named backend cannot take the call.
     """
     sources = contracts.check_mix(
-        query, residuals, rms_weight, output_rms_weight, rms_eps, scale, return_weights, checkpoint_level
+        query,
+        residuals,
+        rms_weight,
+        output_rms_weight,
+        rms_eps,
+        scale,
+        return_weights,
+        checkpoint_level,
+        out_dtype=out_dtype,
     )
-    differentiable = needs_grad(query, rms_weight, output_rms_weight, *sources)
+    stand_ins, values, scales = contracts.parts(sources)
+    differentiable = needs_grad(query, rms_weight, output_rms_weight, *stand_ins)
     outputs = _mix(
         differentiable,
-        sources,
+        stand_ins,
         query,
         rms_weight,
         output_rms_weight,
         rms_eps,
         scale,
-        isinstance(residuals, Tensor),
+        contracts.is_stacked(residuals),
         differentiable,
         checkpoint_level == 0 and output_rms_weight is not None,
         return_weights,
         *backends.requested(backend),
+        values,
+        scales,
+        out_dtype,
     )
     return (outputs[0], outputs[5]) if return_weights else outputs[0]
 
@@ -88,6 +102,9 @@ def _allocate(
     want_weights: bool,
     backend: str,
     origin: str,
+    values: list[Tensor] | None = None,
+    scales: list[Tensor] | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Outputs:
     """out [..., D], mixed [T, D], logits [L, T], rstd [L, T], lse [T], weights [L, ...]; None where not wanted."""
     first = sources[0]
@@ -103,7 +120,7 @@ def _allocate(
             mixed = first.new_empty((tokens, shape[-1]), dtype=torch.float32)
     if want_weights:
         weights = first.new_empty((depth, *shape[:-1]), dtype=torch.float32)
-    return first.new_empty(shape), mixed, logits, rstd, lse, weights
+    return first.new_empty(shape, dtype=out_dtype), mixed, logits, rstd, lse, weights
 
 
 def forward(
@@ -119,6 +136,9 @@ def forward(
     want_weights: bool,
     backend: str,
     origin: str,
+    values: list[Tensor] | None = None,
+    scales: list[Tensor] | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Outputs:
     outputs = _allocate(
         sources,
@@ -133,14 +153,16 @@ def forward(
         want_weights,
         "",
         "",
+        out_dtype=out_dtype,
     )
-    rows = contracts.unstack(sources, stacked)
-    name = backends.choose(contracts.spec("mix_fwd", rows, len(rows)), (backend, origin))
+    out, *statistics, weights = outputs
+    rows, out = contracts.unstack(values or sources, stacked), contracts.rows(out)
+    row_scales = contracts.unstack_scales(scales, stacked)
+    asked = contracts.spec("mix_fwd", rows, len(rows), stored=(out.dtype,), scaled=scales is not None)
+    name = backends.choose(asked, (backend, origin))
     tokens = rows[0].shape[0]
     if tokens == 0:
         return outputs
-    out, *statistics, weights = outputs
-    out = contracts.rows(out)
     weights = None if weights is None else weights.view(len(rows), tokens)
     query = contracts.vector(query)
     backends.launch(
@@ -157,19 +179,26 @@ def forward(
         out,
         *statistics,
         weights,
+        source_scales=row_scales,
     )
     if checked_mode.is_on():
-        arguments = _oracle_arguments(rows, query, key_weight, output_weight, eps, scale)
+        arguments = _oracle_arguments(rows, row_scales, query, key_weight, output_weight, eps, scale)
         checked_mode.verify("mix", name, arguments, {"out": out, "weights": weights})
     return outputs
 
 
 def _oracle_arguments(
-    rows: list[Tensor], query: Tensor, key_weight: Tensor | None, output_weight: Tensor | None, eps: float, scale: float
+    rows: list[Tensor],
+    row_scales: list[Tensor] | None,
+    query: Tensor,
+    key_weight: Tensor | None,
+    output_weight: Tensor | None,
+    eps: float,
+    scale: float,
 ) -> dict[str, Any]:
     return {
         "query": query,
-        "residuals": rows,
+        "residuals": contracts.represented(rows, row_scales),
         "rms_weight": key_weight,
         "output_rms_weight": output_weight,
         "rms_eps": eps,
@@ -191,6 +220,8 @@ def _allocate_gradients(
     scale: float,
     stacked: bool,
     backend: str,
+    values: list[Tensor] | None = None,
+    scales: list[Tensor] | None = None,
 ) -> list[Tensor]:
     """d_sources, then d_query, d_key_weight and d_output_weight (empty where there is no such weight)."""
     found = [source.new_empty(source.shape) for source in (*sources, query)]
@@ -214,6 +245,8 @@ def _backward(
     scale: float,
     stacked: bool,
     backend: str,
+    values: list[Tensor] | None = None,
+    scales: list[Tensor] | None = None,
 ) -> list[Tensor]:
     gradients = _allocate_gradients(
         d_out, sources, query, key_weight, output_weight, mixed, logits, rstd, lse, eps, scale, stacked, backend
@@ -233,6 +266,8 @@ def _backward(
         scale,
         stacked,
         backend,
+        values,
+        scales,
     )
     return gradients
 
@@ -252,10 +287,13 @@ def fill_gradients(
     scale: float,
     stacked: bool,
     backend: str,
+    values: list[Tensor] | None = None,
+    scales: list[Tensor] | None = None,
 ) -> None:
     """Fills d_sources, d_query, d_key_weight and d_output_weight; those of the parameters may have any of the dtypes."""
     *d_sources, d_query, d_key_weight, d_output_weight = gradients
-    rows, d_rows = contracts.unstack(sources, stacked), contracts.unstack(d_sources, stacked)
+    rows, d_rows = contracts.unstack(values or sources, stacked), contracts.unstack(d_sources, stacked)
+    row_scales = contracts.unstack_scales(scales, stacked)
     tokens = rows[0].shape[0]
     if tokens == 0:
         for gradient in gradients:
@@ -265,7 +303,8 @@ def fill_gradients(
     query, d_query = contracts.vector(query), contracts.vector(d_query)
     d_key = None if key_weight is None else d_key_weight
     d_output = None if output_weight is None else d_output_weight
-    name = backends.choose_backward(contracts.spec("mix_bwd", [d_out, *rows, *d_rows], len(rows)), backend)
+    asked = contracts.spec("mix_bwd", [d_out, *rows, *d_rows], len(rows), scaled=scales is not None)
+    name = backends.choose_backward(asked, backend)
     backends.launch(
         "mix_bwd",
         name,
@@ -286,9 +325,10 @@ def fill_gradients(
         d_query,
         d_key,
         d_output,
+        source_scales=row_scales,
     )
     if checked_mode.is_on():
-        arguments = _oracle_arguments(rows, query, key_weight, output_weight, eps, scale)
+        arguments = _oracle_arguments(rows, row_scales, query, key_weight, output_weight, eps, scale)
         results: dict[str, Tensor | Sequence[Tensor] | None] = {
             "d_residuals": d_rows,
             "d_query": d_query,
@@ -299,16 +339,23 @@ def fill_gradients(
 
 
 def _save(ctx: Any, arguments: tuple[Any, ...], outputs: Outputs) -> None:
-    sources, query, key_weight, output_weight, eps, scale, stacked, _, save_mixed, _, backend, _ = arguments
+    sources, query, key_weight, output_weight, eps, scale, stacked, _, save_mixed, _, backend, _, values, scales, _ = (
+        arguments
+    )
     _, mixed, logits, rstd, lse, _ = outputs
     ctx.mark_non_differentiable(*(output for output in outputs[1:] if output is not None))
-    ctx.save_for_backward(*sources, query, key_weight, output_weight, mixed if save_mixed else None, logits, rstd, lse)
+    saved = (query, key_weight, output_weight, mixed if save_mixed else None, logits, rstd, lse)
+    ctx.save_for_backward(*saved, *sources, *(values or ()), *(scales or ()))
     ctx.options = (eps, scale, stacked, backend)
+    ctx.count = len(sources)
 
 
 def _gradient(ctx: Any, backward: Callable[..., list[Tensor]], d_out: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
-    *sources, query, key_weight, output_weight, mixed, logits, rstd, lse = ctx.saved_tensors
-    found = backward(d_out, sources, query, key_weight, output_weight, mixed, logits, rstd, lse, *ctx.options)
+    query, key_weight, output_weight, mixed, logits, rstd, lse, *tensors = ctx.saved_tensors
+    sources, values, scales = contracts.thirds(tensors, ctx.count)
+    found = backward(
+        d_out, sources, query, key_weight, output_weight, mixed, logits, rstd, lse, *ctx.options, values, scales
+    )
     *d_sources, d_query, d_key_weight, d_output_weight = found
     return (
         d_sources,
@@ -316,16 +363,21 @@ def _gradient(ctx: Any, backward: Callable[..., list[Tensor]], d_out: Tensor, *_
         None if key_weight is None else d_key_weight,
         None if output_weight is None else d_output_weight,
         *(None,) * 8,
+        no_gradients(values),
+        no_gradients(scales),
+        None,
     )
 
 
 _mix = Operator(
     "mix",
     "(Tensor[] sources, Tensor query, Tensor? key_weight, Tensor? output_weight, float eps, float scale, bool stacked, "
-    "bool save_statistics, bool save_mixed, bool want_weights, str backend, str origin) "
+    "bool save_statistics, bool save_mixed, bool want_weights, str backend, str origin, Tensor[]? values, "
+    "Tensor[]? scales, ScalarType? out_dtype) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "(Tensor d_out, Tensor[] sources, Tensor query, Tensor? key_weight, Tensor? output_weight, Tensor? mixed, Tensor logits, "
-    "Tensor rstd, Tensor lse, float eps, float scale, bool stacked, str backend) -> Tensor[]",
+    "Tensor rstd, Tensor lse, float eps, float scale, bool stacked, str backend, Tensor[]? values, "
+    "Tensor[]? scales) -> Tensor[]",
     forward=forward,
     backward=_backward,
     allocate_forward=_allocate,

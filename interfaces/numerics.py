@@ -32,6 +32,11 @@ normal numbers (fp16: 6e-5) is measured in units of the smallest of those: its r
 it, and one such row would widen the bound of all others. NaN or infinity where the exact result has none fails
 always. A tensor without elements passes.
 
+Storage in scaled fp16 has its own floor: that of the exact result with a scale of its own for each row. Stochastic
+rounding has two neighbours in place of one nearest number: an element is in budget if it is a neighbour of a number
+within 4 float32 of the exact one, and the floor is what such rounding errs by on average (sqrt(2) of rounding to
+nearest).
+
 How the errors are spread over the rows is measured too (`Quantiles`) and plays no part in the verdict.
 """
 
@@ -44,6 +49,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+
+from attnres import scaled
+from attnres.scaled import SCALED_FP16, ScaledTensor
 
 Kind = Literal["output", "gradient", "statistic"]
 
@@ -149,36 +157,40 @@ class NumericsError(RuntimeError):
 
 
 def judge(
-    actual: Tensor,
+    actual: Tensor | ScaledTensor,
     exact: Tensor,
     *,
     kind: Kind,
     plain32: Tensor | Sequence[Tensor] | None = None,
     noise: Tensor | None = None,
+    stochastic: bool = False,
 ) -> Measurement:
     """Errors of `actual` against the unrounded float64 result `exact` of the same shape, and whether they are within
     budget.
 
     plain32: what float32 evaluation gives, once or more often; needed for float32 outputs and gradients. noise: the
-    expected float32 error of each element.
+    expected float32 error of each element. stochastic: `actual` was rounded to one of its neighbours at random.
     """
     if actual.shape != exact.shape:
         raise ValueError(f"actual has shape {tuple(actual.shape)}, exact {tuple(exact.shape)}")
     plain = [plain32] if isinstance(plain32, Tensor) else list(plain32 or ())
-    if kind != "statistic" and not plain and actual.dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(f"a {actual.dtype} {kind} is judged by the error of float32 evaluation: plain32 is missing")
-    if not actual.numel():
+    storage: torch.dtype | str = SCALED_FP16 if isinstance(actual, ScaledTensor) else actual.dtype
+    if kind != "statistic" and not plain and storage not in (torch.bfloat16, torch.float16, SCALED_FP16):
+        raise ValueError(f"a {storage} {kind} is judged by the error of float32 evaluation: plain32 is missing")
+    if not actual.shape.numel():
         return Measurement(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, worst_row=0)
     exact = exact.double()
-    rounded = exact.to(actual.dtype).double()
-    measured = actual.double()
+    if stochastic:
+        return _judge_stochastic(actual, exact, [*plain, *(() if noise is None else (exact + noise.double(),))])
+    rounded = scaled.rounded(exact, storage)
+    measured = actual.to(torch.float64)
     special = ~rounded.isfinite()
     if special.any():
         # overflow of the storage dtype, or NaN inputs: the result must be the same there, and is left out of the rest
         if not torch.equal(measured[special].nan_to_num(nan=0.25), rounded[special].nan_to_num(nan=0.25)):
             measured = torch.full_like(measured, math.nan)
         exact, rounded, measured = (value.masked_fill(special, 0.0) for value in (exact, rounded, measured))
-    norms = _Norms(exact, actual.dtype)
+    norms = _Norms(exact, storage)
     floor, largest_floor, _ = norms.of(rounded - exact)
     error, largest, worst_row = norms.of(measured - exact)
     differences: Iterable[Tensor] = (value.double() - exact for value in plain)
@@ -203,17 +215,70 @@ def judge(
     )
 
 
-def judge_reference(actual: Tensor | Sequence[Tensor], reference: Reference) -> Measurement:
+def _judge_stochastic(actual: Tensor | ScaledTensor, exact: Tensor, plain: Sequence[Tensor]) -> Measurement:
+    scale = torch.ones_like(exact[..., :1])
+    if isinstance(actual, ScaledTensor):
+        scale, values, storage = actual.scale.double().unsqueeze(-1), actual.values, SCALED_FP16
+    else:
+        values, storage = actual, actual.dtype  # type: ignore[assignment]
+    measured = actual.to(torch.float64)
+    float32 = torch.stack([2.0**-24 * exact.abs(), *((value.double() - exact).abs() for value in plain)]).amax(0)
+    slack = FLOAT32_FACTOR * float32
+    low, high = (
+        _neighbour(x / scale, values.dtype, up) * scale for x, up in ((exact - slack, False), (exact + slack, True))
+    )
+    inside = (low <= measured) & (measured <= high) | exact.isnan() & measured.isnan()
+    # Beyond the largest finite number there is no distance to measure.
+    special = inside & ~(low.isfinite() & high.isfinite())
+    exact, low, high, measured = (value.masked_fill(special, 0.0) for value in (exact, low, high, measured))
+    norms = _Norms(exact, storage)
+    below, above = (_neighbour(exact / scale, values.dtype, up) * scale for up in (False, True))
+    floor, largest_floor, _ = norms.of(((exact - below) * (above - exact)).clamp_min(0).sqrt())
+    error, largest, worst_row = norms.of((measured - exact).masked_fill(~inside, math.nan))
+    budget, largest_budget, _ = norms.of(torch.maximum(exact - low, high - exact))
+    return Measurement(
+        error=error,
+        floor=floor,
+        float32=norms.of(float32.masked_fill(special, 0.0))[0],
+        largest=largest,
+        largest_floor=largest_floor,
+        budget=budget,
+        largest_budget=largest_budget,
+        worst_row=worst_row,
+    )
+
+
+def _neighbour(exact: Tensor, dtype: torch.dtype, up: bool) -> Tensor:
+    """The nearest number of a 16-bit dtype that is not below (above) float64 `exact`; itself where the dtype has it."""
+    nearest = exact.to(dtype)
+    bits = nearest.view(torch.int16).to(torch.int32)
+    order = torch.where(bits < 0, -(bits & 0x7FFF), bits)  # integers in the order of the numbers
+    wrong = nearest.double() < exact if up else nearest.double() > exact
+    order = torch.where(wrong, order + (1 if up else -1), order)
+    bits = torch.where(order < 0, -order - 0x8000, order).to(torch.int16)
+    return torch.where(nearest.isnan(), math.nan, bits.view(dtype).double())
+
+
+def judge_reference(
+    actual: Tensor | ScaledTensor | Sequence[Tensor], reference: Reference, stochastic: bool = False
+) -> Measurement:
     """`judge` against an oracle.reference. The gradients of several sources are judged one by one; returns the
     worst."""
     if reference.per_source:
-        return max((judge_reference(part, reference[i]) for i, part in enumerate(actual)), key=_severity)
-    assert isinstance(actual, Tensor)
-    return judge(actual, reference.exact, kind=reference.kind, plain32=reference.plain32, noise=reference.noise)
+        return max((judge_reference(part, reference[i], stochastic) for i, part in enumerate(actual)), key=_severity)
+    assert isinstance(actual, (Tensor, ScaledTensor))
+    return judge(
+        actual,
+        reference.exact,
+        kind=reference.kind,
+        plain32=reference.plain32,
+        noise=reference.noise,
+        stochastic=stochastic,
+    )
 
 
 def judge_all(
-    actual: Mapping[str, Tensor | Sequence[Tensor]], references: Mapping[str, Reference]
+    actual: Mapping[str, Tensor | ScaledTensor | Sequence[Tensor]], references: Mapping[str, Reference]
 ) -> dict[str, Measurement]:
     """`judge_reference` for each named tensor; every reference must have its tensor."""
     return {name: judge_reference(actual[name], reference) for name, reference in references.items()}
@@ -222,12 +287,13 @@ def judge_all(
 class _Norms:
     """Norms of an error in units of the exact result: of the whole tensor, and of each row."""
 
-    def __init__(self, exact: Tensor, dtype: torch.dtype):
+    def __init__(self, exact: Tensor, storage: torch.dtype | str):
         self.whole = float(exact.norm()) or 1.0
         rms = exact.square().mean(-1, keepdim=True).sqrt() if exact.dim() else exact.abs()
         # a row that is exactly zero is measured in units of the tensor's RMS
         rms = torch.where(rms > 0, rms, float(exact.square().mean().sqrt()) or 1.0)
-        self.rows = rms.clamp_min(max(torch.finfo(dtype).tiny, FLOAT32_RESOLVED))
+        smallest = 0.0 if isinstance(storage, str) else torch.finfo(storage).tiny
+        self.rows = rms.clamp_min(max(smallest, FLOAT32_RESOLVED))
 
     def of(self, error: Tensor) -> tuple[float, float, int]:
         """Relative L2 error, largest error, and the row it is in."""
@@ -245,8 +311,14 @@ class _Norms:
         return Quantiles(*found[places].tolist())
 
 
-def differing_elements(actual: Tensor, expected: Tensor) -> int:
-    """How many elements of two tensors of one floating dtype differ in their bits; NaN equals the same NaN."""
+def differing_elements(actual: Tensor | ScaledTensor, expected: Tensor | ScaledTensor) -> int:
+    """How many elements of two tensors of one format differ in their bits; NaN equals the same NaN."""
+    if isinstance(actual, ScaledTensor) and isinstance(expected, ScaledTensor):
+        return sum(
+            differing_elements(*pair) for pair in ((actual.values, expected.values), (actual.scale, expected.scale))
+        )
+    assert isinstance(actual, Tensor)
+    assert isinstance(expected, Tensor)
     bits = torch.int32 if expected.dtype == torch.float32 else torch.int16
     return int((actual.contiguous().view(bits) != expected.contiguous().view(bits)).sum())
 

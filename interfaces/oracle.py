@@ -20,10 +20,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from attnres import closed_form
+from attnres import closed_form, scaled
 from attnres.numerics import Kind, Reference
+from attnres.scaled import SCALED_FP16, ScaledTensor
 
-Sources = Sequence[Tensor] | Tensor
+Sources = Sequence[Tensor | ScaledTensor] | Tensor | ScaledTensor
 
 
 class Mix(NamedTuple):
@@ -43,8 +44,8 @@ class Phase2(NamedTuple):
 
 class Step(NamedTuple):
     out: Tensor  # [T, D]
-    prefix: Tensor  # [T, D], storage dtype: its value after the call, to the bit
-    blocks: Tensor  # [T, B, D], storage dtype: their value after the call, to the bit
+    prefix: Tensor | Any  # [T, D], or a ScaledTensor as the argument: its value after the call, to the bit
+    blocks: Tensor | Any  # [T, B, D], the same
 
 
 def mix(
@@ -86,9 +87,9 @@ def phase1(
 
 
 def phase2(
-    partial_sum: Tensor,
+    partial_sum: Tensor | ScaledTensor,
     pseudo_query: Tensor,
-    inter_out: Tensor,
+    inter_out: Tensor | ScaledTensor,
     inter_lse: Tensor,
     eps: float,
     rms_weight: Tensor | None = None,
@@ -98,16 +99,17 @@ def phase2(
     output_rms_weight: Tensor | None = None,
     output_rms_eps: float | None = None,
     dtype: torch.dtype = torch.float64,
-    storage: torch.dtype | None = None,
+    storage: torch.dtype | str | None = None,
 ) -> Phase2:
     """h = inter_out + sigmoid(logit(x) - inter_lse) * (x - inter_out), x = partial_sum (+ delta, rounded to `storage`).
 
-    `storage` is partial_sum's dtype unless told; `reference` says so, having converted the inputs before.
+    `storage` is partial_sum's dtype or "fp16_scaled" format unless told; `reference` says so, having converted the inputs.
     """
     x = partial_sum.to(dtype)
     if delta is not None:
         exact = x + delta.to(dtype)
-        x = exact + (exact.detach().to(storage or partial_sum.dtype).to(dtype) - exact.detach())
+        kept = storage or (SCALED_FP16 if isinstance(partial_sum, ScaledTensor) else partial_sum.dtype)
+        x = exact + (scaled.rounded(exact.detach(), kept) - exact.detach())
     inter = inter_out.to(dtype)
     gap = (_logits(x, pseudo_query, rms_weight, eps, scale) - inter_lse.to(dtype)).unsqueeze(-1)
     # not inter + sigmoid(gap) * (x - inter): near a gate of 1 the share of inter_out would be lost even in float64
@@ -116,9 +118,9 @@ def phase2(
 
 
 def step(
-    prefix: Tensor,
+    prefix: Tensor | ScaledTensor,
     delta: Tensor | None,
-    blocks: Tensor,
+    blocks: Tensor | ScaledTensor,
     norm_weight: Tensor | None,
     qk_weight: Tensor,
     output_norm_weight: Tensor | None,
@@ -135,7 +137,10 @@ def step(
     out = mix(**arguments, output_rms_eps=output_norm_eps, dtype=dtype).out
     updated, written = arguments["residuals"][-1], blocks.clone()
     if block_write_idx >= 0:
-        written[:, block_write_idx] = updated
+        if isinstance(written, ScaledTensor):
+            written.values[:, block_write_idx], written.scale[:, block_write_idx] = updated.values, updated.scale
+        else:
+            written[:, block_write_idx] = updated
     return Step(out, updated, written)
 
 
@@ -208,18 +213,20 @@ def reference(
     """Exact results of one call, with what float32 can do: outputs by name, gradients as "d_" + argument name.
 
     op: "mix", "phase1", "phase2" or "step". arguments: the public ones by name, leading dimensions flattened to one
-    token axis (residuals [L, T, D] or L tensors [T, D]); names with value None may be left out. grad_outputs: by
+    token axis (residuals [L, T, D] or L tensors [T, D]); names with value None may be left out, out_dtype makes no
+    difference, and rounding is to nearest. grad_outputs: by
     output name ("out", "lse", "new_partial"); with it come the gradients of all tensor arguments, residuals as one
     stacked [L, T, D]. "step" has no gradient; its in-place results come exactly from `step`.
     """
     if op == "step":
-        given = dict(arguments)
+        given = {name: value for name, value in arguments.items() if name != "out_dtype"}
         eps = given.pop("output_norm_eps")
         del given["block_write_idx"]
         as_mix = {**_step_as_mix(**given), "output_rms_eps": eps}
         return {"out": reference("mix", as_mix, chunk_tokens=chunk_tokens)["out"]}
-    tensors, options = _split(arguments)
-    storage = next(value.dtype for name, value in tensors.items() if name in _PER_TOKEN)
+    given = {name: _exact(value) for name, value in arguments.items() if name != "out_dtype"}
+    tensors, options = _split(given | _storage(op, arguments))
+    storage = options.pop("storage", None) or next(v.dtype for name, v in tensors.items() if name in _PER_TOKEN)
     grads = {name: grad.detach() for name, grad in (grad_outputs or {}).items() if grad is not None}
     collected: dict[str, dict[str, list[Tensor]]] = {}
     for first, count in _chunks(tensors, chunk_tokens):
@@ -248,7 +255,7 @@ def _autograd(
     options: Mapping[str, Any],
     grads: Mapping[str, Tensor],
     dtype: torch.dtype,
-    storage: torch.dtype,
+    storage: torch.dtype | str,
 ) -> dict[str, Tensor]:
     extra = {**options, "dtype": dtype, **({"storage": storage} if op == "phase2" else {})}
     leaves = {name: value.detach().to(dtype).requires_grad_(bool(grads)) for name, value in tensors.items()}
@@ -290,17 +297,34 @@ def _stack(sources: Sources, dtype: torch.dtype) -> Tensor:
     return sources.to(dtype) if isinstance(sources, Tensor) else torch.stack([source.to(dtype) for source in sources])
 
 
+def _exact(value: Any) -> Any:
+    """An argument with each ScaledTensor as the float64 tensor that it stands for."""
+    if isinstance(value, (list, tuple)):
+        return [_exact(part) for part in value]
+    return value.detach().to(torch.float64) if isinstance(value, ScaledTensor) else value
+
+
+def _storage(op: str, arguments: Mapping[str, Any]) -> dict[str, str | None]:
+    """The format of phase 2's new partial sum, where it is not a dtype."""
+    scaled_sum = arguments.get("storage") or isinstance(arguments.get("partial_sum"), ScaledTensor)
+    return {"storage": SCALED_FP16 if op == "phase2" and scaled_sum else None}
+
+
 def _step_as_mix(
-    prefix: Tensor,
+    prefix: Tensor | ScaledTensor,
     delta: Tensor | None,
-    blocks: Tensor,
+    blocks: Tensor | ScaledTensor,
     norm_weight: Tensor | None,
     qk_weight: Tensor,
     output_norm_weight: Tensor | None,
     num_blocks: int,
     eps: float,
 ) -> dict[str, Any]:
-    updated = prefix.clone() if delta is None else (prefix.double() + delta.double()).to(prefix.dtype)
+    if delta is None:
+        updated = prefix.clone()
+    else:
+        exact = prefix.to(torch.float64) + delta.double()
+        updated = exact.to(prefix.dtype) if isinstance(prefix, Tensor) else ScaledTensor.from_tensor(exact.float())
     return {
         "query": qk_weight,
         "residuals": [*blocks[:, :num_blocks].unbind(1), updated],

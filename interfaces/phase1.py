@@ -11,34 +11,43 @@ from torch import Tensor
 
 from attnres import backend as backends
 from attnres import checked_mode, contracts
-from attnres.registration import Operator, Outputs, needs_grad
+from attnres.registration import Operator, Outputs, needs_grad, no_gradients
+from attnres.scaled import ScaledTensor, new_stand_in
 
 
 def phase_1(
-    block_representations: Sequence[Tensor] | Tensor,
+    block_representations: Sequence[contracts.Rows] | contracts.Rows,
     pseudo_queries: Tensor,
     eps: float,
     rms_weight: Tensor | None = None,
     scale: float = 1.0,
     *,
+    storage: str | None = None,
+    out_dtype: torch.dtype | None = None,
+    stochastic_seed: int | None = None,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor | Any, Tensor]:
     """Mixes the finished blocks for all queries of a block (arXiv:2603.15031, the inter-block phase of Block AttnRes).
 
         logit_si = scale * <q_s * rms_weight_s, v_i> / sqrt(mean(v_i^2) + eps)
         out_s = sum_i softmax_i(logit_s)_i v_i          lse_s = log sum_i exp(logit_si)
 
     Args:
-        block_representations: 1 to 64 blocks [..., D] of one dtype (bfloat16, float16 or float32), or one stacked tensor
-            [N, ..., D].
+        block_representations: 1 to 64 blocks [..., D] of one dtype (bfloat16, float16 or float32) or all of them ScaledTensor,
+            or one stacked tensor [N, ..., D].
         pseudo_queries: [S, D].
         eps: epsilon of the keys' RMSNorm.
         rms_weight: weight of the keys' RMSNorm: [D] for all sites, or [S, D], one per site; None is a weight of ones.
         scale: factor of the logits.
+        storage: "fp16_scaled" stores out as a ScaledTensor; None as a plain tensor.
+        out_dtype: dtype of out (of a ScaledTensor: the one it acts as), of those that dtypes.TABLE lists; None is the blocks'.
+        stochastic_seed: None rounds out to nearest; an int rounds it and the blocks' gradient stochastically, with this seed
+            (rounding.py says how). Each call that is to round independently needs a seed of its own.
         backend: "auto", "cute", "triton" or "torch"; None leaves it to use_backend and ATTNRES_BACKEND.
 
     Returns:
-        out [S, ..., D] in the blocks' dtype, normalised, and lse [S, ...] in float32, both with gradient: what phase_2 merges.
+        out [S, ..., D] (a ScaledTensor if `storage` says so), normalised, and lse [S, ...] in float32, both with gradient: what
+        phase_2 merges.
 
     Saved for the backward: the inputs, lse, the logits [S, N, T] and 1/rms [N, T] in float32. Arithmetic is float32; the
     same inputs give the same bits. Least traffic: (N + S) T D elements forward, (2 N + S) T D backward.
@@ -47,14 +56,35 @@ def phase_1(
         TypeError, ValueError: an argument cannot be used; the message names it.
         BackendError: the named backend cannot take the call.
     """
-    sources = contracts.check_phase_1(block_representations, pseudo_queries, eps, rms_weight, scale)
-    differentiable = needs_grad(pseudo_queries, rms_weight, *sources)
-    stacked = isinstance(block_representations, Tensor)
-    request = backends.requested(backend)
-    outputs = _phase_1(
-        differentiable, sources, pseudo_queries, rms_weight, eps, scale, stacked, differentiable, *request
+    sources = contracts.check_phase_1(
+        block_representations,
+        pseudo_queries,
+        eps,
+        rms_weight,
+        scale,
+        storage=storage,
+        out_dtype=out_dtype,
+        stochastic_seed=stochastic_seed,
     )
-    return outputs[0], outputs[1]
+    stand_ins, values, scales = contracts.parts(sources)
+    differentiable = needs_grad(pseudo_queries, rms_weight, *stand_ins)
+    out, lse, _, _, out_values, out_scale = _phase_1(
+        differentiable,
+        stand_ins,
+        pseudo_queries,
+        rms_weight,
+        eps,
+        scale,
+        contracts.is_stacked(block_representations),
+        differentiable,
+        *backends.requested(backend),
+        values,
+        scales,
+        storage is not None,
+        out_dtype,
+        stochastic_seed,
+    )
+    return (out if storage is None else ScaledTensor.from_parts(out_values, out_scale, out)), lse
 
 
 def _allocate(
@@ -67,8 +97,16 @@ def _allocate(
     save_statistics: bool,
     backend: str,
     origin: str,
+    values: list[Tensor] | None = None,
+    scales: list[Tensor] | None = None,
+    scaled_out: bool = False,
+    out_dtype: torch.dtype | None = None,
+    seed: int | None = None,
 ) -> Outputs:
-    """out [S, ..., D], lse [S, ...], logits [S, N, T], rstd [N, T]; the last two None where not wanted."""
+    """out [S, ..., D], lse [S, ...], logits [S, N, T], rstd [N, T], out's values [S, ..., D] and scale [S, ...].
+
+    The last four are None where not wanted. With scaled_out, out is the stand-in.
+    """
     first = sources[0]
     *leading, size = first.shape[1:] if stacked else first.shape
     depth, sites = first.shape[0] if stacked else len(sources), queries.shape[0]
@@ -77,8 +115,12 @@ def _allocate(
         tokens = math.prod(leading)
         logits = first.new_empty((sites, depth, tokens), dtype=torch.float32)
         rstd = first.new_empty((depth, tokens), dtype=torch.float32)
-    out = first.new_empty((sites, *leading, size))
-    return out, first.new_empty((sites, *leading), dtype=torch.float32), logits, rstd
+    lse = first.new_empty((sites, *leading), dtype=torch.float32)
+    shape = (sites, *leading, size)
+    if not scaled_out:
+        return first.new_empty(shape, dtype=out_dtype), lse, logits, rstd, None, None
+    out_values = first.new_empty(shape, dtype=torch.float16)
+    return new_stand_in(first, shape, out_dtype or first.dtype), lse, logits, rstd, out_values, torch.empty_like(lse)
 
 
 def _forward(
@@ -91,9 +133,26 @@ def _forward(
     save_statistics: bool,
     backend: str,
     origin: str,
+    values: list[Tensor] | None = None,
+    scales: list[Tensor] | None = None,
+    scaled_out: bool = False,
+    out_dtype: torch.dtype | None = None,
+    seed: int | None = None,
 ) -> Outputs:
-    outputs = _allocate(sources, queries, key_weights, eps, scale, stacked, save_statistics, backend, origin)
-    fill_outputs(outputs, sources, queries, key_weights, eps, scale, stacked, backend, origin)
+    outputs = _allocate(
+        sources,
+        queries,
+        key_weights,
+        eps,
+        scale,
+        stacked,
+        save_statistics,
+        backend,
+        origin,
+        scaled_out=scaled_out,
+        out_dtype=out_dtype,
+    )
+    fill_outputs(outputs, sources, queries, key_weights, eps, scale, stacked, backend, origin, values, scales, seed)
     return outputs
 
 
@@ -107,20 +166,43 @@ def fill_outputs(
     stacked: bool,
     backend: str,
     origin: str,
+    values: list[Tensor] | None = None,
+    scales: list[Tensor] | None = None,
+    seed: int | None = None,
 ) -> None:
-    """Fills out, lse and, where they are wanted, logits and rstd."""
-    rows = contracts.unstack(sources, stacked)
-    sites, tokens = queries.shape[0], rows[0].shape[0]
-    name = backends.choose(contracts.spec("phase1_fwd", rows, len(rows), sites), (backend, origin))
+    """Fills out (or its values and scale), lse and, where they are wanted, logits and rstd."""
+    out, lse, logits, rstd, out_values, out_scale = outputs
+    rows, row_scales = contracts.unstack(values or sources, stacked), contracts.unstack_scales(scales, stacked)
+    sites, (tokens, size) = queries.shape[0], rows[0].shape
+    out, lse = (out if out_values is None else out_values).view(sites, tokens, size), lse.view(sites, tokens)
+    out_scale = None if out_scale is None else out_scale.view(sites, tokens)
+    scaled = scales is not None or out_scale is not None
+    asked = contracts.spec("phase1_fwd", rows, len(rows), sites, stored=(out.dtype,), scaled=scaled, seed=seed)
+    name = backends.choose(asked, (backend, origin))
     if tokens == 0:
         return
-    out, lse = outputs[0].view(sites, tokens, -1), outputs[1].view(sites, tokens)
-    _, _, logits, rstd = outputs
-    weights = _per_site(key_weights, queries)
-    backends.launch("phase1_fwd", name, queries.device, rows, queries, weights, eps, scale, out, lse, logits, rstd)
+    backends.launch(
+        "phase1_fwd",
+        name,
+        queries.device,
+        rows,
+        queries,
+        _per_site(key_weights, queries),
+        eps,
+        scale,
+        out,
+        lse,
+        logits,
+        rstd,
+        source_scales=row_scales,
+        out_scale=out_scale,
+        seed=seed,
+    )
     if checked_mode.is_on():
-        arguments = _oracle_arguments(rows, queries, key_weights, eps, scale)
-        checked_mode.verify("phase1", name, arguments, {"out": out, "lse": lse})
+        arguments = _oracle_arguments(rows, row_scales, queries, key_weights, eps, scale)
+        stored = contracts.scaled_or_plain(out, out_scale)
+        stochastic = () if seed is None else ("out",)
+        checked_mode.verify("phase1", name, arguments, {"out": stored, "lse": lse}, stochastic=stochastic)
 
 
 def _per_site(key_weights: Tensor | None, queries: Tensor) -> Tensor | None:
@@ -129,10 +211,15 @@ def _per_site(key_weights: Tensor | None, queries: Tensor) -> Tensor | None:
 
 
 def _oracle_arguments(
-    rows: list[Tensor], queries: Tensor, key_weights: Tensor | None, eps: float, scale: float
+    rows: list[Tensor],
+    row_scales: list[Tensor] | None,
+    queries: Tensor,
+    key_weights: Tensor | None,
+    eps: float,
+    scale: float,
 ) -> dict[str, Any]:
     return {
-        "block_representations": rows,
+        "block_representations": contracts.represented(rows, row_scales),
         "pseudo_queries": queries,
         "eps": eps,
         "rms_weight": key_weights,
@@ -153,6 +240,9 @@ def _allocate_gradients(
     scale: float,
     stacked: bool,
     backend: str,
+    values: list[Tensor] | None = None,
+    scales: list[Tensor] | None = None,
+    seed: int | None = None,
 ) -> list[Tensor]:
     """d_sources, then d_queries and d_key_weights (empty where there is no weight)."""
     d_weights = queries.new_empty(0) if key_weights is None else key_weights.new_empty(key_weights.shape)
@@ -172,13 +262,15 @@ def _backward(
     scale: float,
     stacked: bool,
     backend: str,
+    values: list[Tensor] | None = None,
+    scales: list[Tensor] | None = None,
+    seed: int | None = None,
 ) -> list[Tensor]:
     gradients = _allocate_gradients(
         d_out, d_lse, sources, queries, key_weights, lse, logits, rstd, eps, scale, stacked, backend
     )
-    fill_gradients(
-        gradients, False, d_out, d_lse, sources, queries, key_weights, lse, logits, rstd, eps, scale, stacked, backend
-    )
+    given = d_out, d_lse, sources, queries, key_weights, lse, logits, rstd, eps, scale, stacked, backend
+    fill_gradients(gradients, False, *given, values, scales, seed)
     return gradients
 
 
@@ -197,17 +289,22 @@ def fill_gradients(
     scale: float,
     stacked: bool,
     backend: str,
+    values: list[Tensor] | None = None,
+    scales: list[Tensor] | None = None,
+    seed: int | None = None,
 ) -> None:
     """Fills d_sources (with `accumulate` adds to them), d_queries and d_key_weights, which may have any of the dtypes."""
     *d_sources, d_queries, d_key_weights = gradients
     if accumulate and checked_mode.is_on():  # the oracle judges what this call alone contributes
         shares = [torch.empty_like(d_source) for d_source in d_sources]
         given = d_out, d_lse, sources, queries, key_weights, lse, logits, rstd, eps, scale, stacked, backend
-        fill_gradients([*shares, d_queries, d_key_weights], False, *given)
+        fill_gradients([*shares, d_queries, d_key_weights], False, *given, values, scales, seed)
         for d_source, share in zip(d_sources, shares, strict=True):
             d_source.add_(share)
         return
-    rows, d_rows = contracts.unstack(sources, stacked), contracts.unstack(d_sources, stacked)
+    rows, d_rows = contracts.unstack(values or sources, stacked), contracts.unstack(d_sources, stacked)
+    row_scales = contracts.unstack_scales(scales, stacked)
+    seed = None if d_rows[0].dtype == torch.float32 else seed
     sites, tokens = queries.shape[0], rows[0].shape[0]
     if tokens == 0:
         for gradient in (d_queries, d_key_weights) if accumulate else gradients:
@@ -218,9 +315,9 @@ def fill_gradients(
     d_weights = None
     if key_weights is not None:  # a shared weight's gradient is the sum over sites of fp32 rows
         d_weights = d_key_weights if key_weights.dim() == 2 else queries.new_empty(queries.shape, dtype=torch.float32)
-    name = backends.choose_backward(
-        contracts.spec("phase1_bwd", [*d_out.unbind(0), *rows, *d_rows], len(rows), sites), backend
-    )
+    storage = [*d_out.unbind(0), *rows, *d_rows]
+    asked = contracts.spec("phase1_bwd", storage, len(rows), sites, scaled=scales is not None, seed=seed)
+    name = backends.choose_backward(asked, backend)
     backends.launch(
         "phase1_bwd",
         name,
@@ -239,46 +336,64 @@ def fill_gradients(
         accumulate,
         d_queries,
         d_weights,
+        source_scales=row_scales,
+        seed=seed,
     )
     if d_weights is not None and d_weights is not d_key_weights:
         d_key_weights.copy_(d_weights.sum(0))
     if checked_mode.is_on():
-        arguments = _oracle_arguments(rows, queries, key_weights, eps, scale)
+        arguments = _oracle_arguments(rows, row_scales, queries, key_weights, eps, scale)
         results: dict[str, Tensor | Sequence[Tensor] | None] = {
             "d_block_representations": d_rows,
             "d_pseudo_queries": d_queries,
             "d_rms_weight": d_key_weights if key_weights is not None else None,
         }
-        checked_mode.verify("phase1", name, arguments, results, {"out": d_out, "lse": d_lse})
+        stochastic = () if seed is None else ("d_block_representations",)
+        checked_mode.verify("phase1", name, arguments, results, {"out": d_out, "lse": d_lse}, stochastic)
 
 
 def _save(ctx: Any, arguments: tuple[Any, ...], outputs: Outputs) -> None:
-    sources, queries, key_weights, eps, scale, stacked, _, backend, _ = arguments
-    _, lse, logits, rstd = outputs
-    ctx.mark_non_differentiable(logits, rstd)
+    sources, queries, key_weights, eps, scale, stacked, _, backend, _, values, scales, _, _, seed = arguments
+    _, lse, *others = outputs
+    logits, rstd, _, _ = others
+    ctx.mark_non_differentiable(*(other for other in others if other is not None))
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*sources, queries, key_weights, lse, logits, rstd)
+    ctx.save_for_backward(queries, key_weights, lse, logits, rstd, *sources, *(values or ()), *(scales or ()))
     ctx.options = (eps, scale, stacked, backend)
+    ctx.count, ctx.seed = len(sources), seed
 
 
 def _gradient(
     ctx: Any, backward: Callable[..., list[Tensor]], d_out: Tensor | None, d_lse: Tensor | None, *_: Tensor | None
 ) -> tuple[Any, ...]:
-    *sources, queries, key_weights, lse, logits, rstd = ctx.saved_tensors
+    queries, key_weights, lse, logits, rstd, *tensors = ctx.saved_tensors
+    sources, values, scales = contracts.thirds(tensors, ctx.count)
     if d_out is None:
         first = sources[0][0] if ctx.options[2] else sources[0]
         d_out = first.new_zeros((queries.shape[0], *first.shape))
-    found = backward(d_out, d_lse, sources, queries, key_weights, lse, logits, rstd, *ctx.options)
+    found = backward(
+        d_out, d_lse, sources, queries, key_weights, lse, logits, rstd, *ctx.options, values, scales, ctx.seed
+    )
     *d_sources, d_queries, d_key_weights = found
-    return d_sources, d_queries, None if key_weights is None else d_key_weights, *(None,) * 6
+    return (
+        d_sources,
+        d_queries,
+        None if key_weights is None else d_key_weights,
+        *(None,) * 6,
+        no_gradients(values),
+        no_gradients(scales),
+        *(None,) * 3,
+    )
 
 
 _phase_1 = Operator(
     "phase_1",
     "(Tensor[] sources, Tensor queries, Tensor? key_weights, float eps, float scale, bool stacked, bool save_statistics, "
-    "str backend, str origin) -> (Tensor, Tensor, Tensor, Tensor)",
+    "str backend, str origin, Tensor[]? values, Tensor[]? scales, bool scaled_out, ScalarType? out_dtype, "
+    "int? seed) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "(Tensor d_out, Tensor? d_lse, Tensor[] sources, Tensor queries, Tensor? key_weights, Tensor lse, Tensor logits, Tensor rstd, "
-    "float eps, float scale, bool stacked, str backend) -> Tensor[]",
+    "float eps, float scale, bool stacked, str backend, Tensor[]? values, Tensor[]? scales, int? seed) "
+    "-> Tensor[]",
     forward=_forward,
     backward=_backward,
     allocate_forward=_allocate,

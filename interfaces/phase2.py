@@ -11,12 +11,13 @@ from torch import Tensor
 from attnres import backend as backends
 from attnres import checked_mode, contracts
 from attnres.registration import Operator, Outputs, needs_grad
+from attnres.scaled import ScaledTensor, new_stand_in
 
 
 def phase_2(
-    partial_sum: Tensor,
+    partial_sum: contracts.Rows,
     pseudo_query: Tensor,
-    inter_out: Tensor,
+    inter_out: contracts.Rows,
     inter_lse: Tensor,
     eps: float,
     rms_weight: Tensor | None = None,
@@ -25,29 +26,37 @@ def phase_2(
     delta: Tensor | None = None,
     output_rms_weight: Tensor | None = None,
     output_rms_eps: float | None = None,
+    storage: str | None = None,
+    out_dtype: torch.dtype | None = None,
+    stochastic_seed: int | None = None,
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, Tensor | Any]:
     """Merges the partial sum by an online softmax (arXiv:2603.15031, the intra-block phase of Block AttnRes).
 
-        x = partial_sum, or partial_sum + delta rounded to their dtype
+        x = partial_sum, or partial_sum + delta rounded to the partial sum's storage
         logit = scale * <pseudo_query * rms_weight, x> / sqrt(mean(x^2) + eps)
         h = inter_out + sigmoid(logit - inter_lse) * (x - inter_out)
         out = h, or RMSNorm(h, output_rms_eps) * output_rms_weight where that is given
 
     Args:
-        partial_sum: sum of the block's sublayer outputs so far [..., D], bfloat16, float16 or float32.
+        partial_sum: sum of the block's sublayer outputs so far [..., D], bfloat16, float16, float32 or a ScaledTensor.
         pseudo_query: the site's query [D] or [D, 1].
-        inter_out, inter_lse: phase_1's results for this site, [..., D] in partial_sum's dtype and float32 [...].
+        inter_out, inter_lse: phase_1's results for this site, [..., D] (dtypes.TABLE lists what goes with the partial sum) and
+            float32 [...].
         eps: epsilon of the key's RMSNorm.
         rms_weight: weight of the key's RMSNorm [D]; None is a weight of ones.
         scale: factor of the logit.
         delta: the last sublayer's output [..., D], added to the partial sum in the same pass.
         output_rms_weight: weight [D] of an RMSNorm of h, fused: the PreNorm of the sublayer that follows.
         output_rms_eps: its epsilon; None takes eps.
+        storage: with delta, "fp16_scaled" stores the new partial sum as a ScaledTensor; None as partial_sum is.
+        out_dtype: dtype of out, of those that dtypes.TABLE lists; None is the partial sum's.
+        stochastic_seed: with delta, an int rounds the new partial sum stochastically, with this seed (rounding.py says how); None
+            to nearest. Each call that is to round independently needs a seed of its own.
         backend: "auto", "cute", "triton" or "torch"; None leaves it to use_backend and ATTNRES_BACKEND.
 
     Returns:
-        out [..., D]; with delta (out, new partial sum [..., D]), both with gradient.
+        out [..., D]; with delta (out, new partial sum [..., D], a ScaledTensor if so stored), both with gradient.
 
     Saved for the backward: x, inter_out, inter_lse, and per token logit and 1/rms in float32. The same inputs give the same
     bits. Least traffic: 3 T D elements forward and 5 T D backward; 5 T D forward with delta.
@@ -67,15 +76,21 @@ def phase_2(
         delta=delta,
         output_rms_weight=output_rms_weight,
         output_rms_eps=output_rms_eps,
+        storage=storage,
+        out_dtype=out_dtype,
+        stochastic_seed=stochastic_seed,
     )
-    differentiable = needs_grad(partial_sum, delta, pseudo_query, rms_weight, inter_out, inter_lse, output_rms_weight)
-    outputs = _phase_2(
+    partial, partial_values, partial_scale = contracts.part(partial_sum)
+    inter, inter_values, inter_scale = contracts.part(inter_out)
+    scaled_sum = delta is not None and (storage is not None or partial_scale is not None)
+    differentiable = needs_grad(partial, delta, pseudo_query, rms_weight, inter, inter_lse, output_rms_weight)
+    out, new_partial, _, _, new_values, new_scale = _phase_2(
         differentiable,
-        partial_sum,
+        partial,
         delta,
         pseudo_query,
         rms_weight,
-        inter_out,
+        inter,
         inter_lse,
         output_rms_weight,
         eps,
@@ -83,8 +98,17 @@ def phase_2(
         scale,
         differentiable,
         *backends.requested(backend),
+        partial_values,
+        partial_scale,
+        inter_values,
+        inter_scale,
+        scaled_sum,
+        out_dtype,
+        stochastic_seed,
     )
-    return outputs[0] if delta is None else (outputs[0], outputs[1])
+    if delta is None:
+        return out
+    return out, (ScaledTensor.from_parts(new_values, new_scale, new_partial) if scaled_sum else new_partial)
 
 
 def _allocate(
@@ -101,13 +125,32 @@ def _allocate(
     save_statistics: bool,
     backend: str,
     origin: str,
+    partial_values: Tensor | None = None,
+    partial_scale: Tensor | None = None,
+    inter_values: Tensor | None = None,
+    inter_scale: Tensor | None = None,
+    scaled_sum: bool = False,
+    out_dtype: torch.dtype | None = None,
+    seed: int | None = None,
 ) -> Outputs:
-    """out [..., D], new_partial [..., D] (None without delta), logit [...], rstd [...] (None where not wanted)."""
+    """out [..., D], new_partial [..., D] (None without delta), logit [...], rstd [...], new values [..., D] and scale [...].
+
+    The last four are None where not wanted. With scaled_sum, new_partial is the stand-in.
+    """
+    new_partial = new_values = new_scale = None
+    if scaled_sum:
+        new_partial = new_stand_in(partial, partial.shape, partial.dtype)
+        new_values = partial.new_empty(partial.shape, dtype=torch.float16)
+        new_scale = inter_lse.new_empty(inter_lse.shape)
+    elif delta is not None:
+        new_partial = partial.new_empty(partial.shape)
     return (
-        partial.new_empty(partial.shape),
-        None if delta is None else partial.new_empty(partial.shape),
+        partial.new_empty(partial.shape, dtype=out_dtype),
+        new_partial,
         inter_lse.new_empty(inter_lse.shape) if save_statistics else None,
         inter_lse.new_empty(inter_lse.shape) if save_statistics else None,
+        new_values,
+        new_scale,
     )
 
 
@@ -125,6 +168,13 @@ def forward(
     save_statistics: bool,
     backend: str,
     origin: str,
+    partial_values: Tensor | None = None,
+    partial_scale: Tensor | None = None,
+    inter_values: Tensor | None = None,
+    inter_scale: Tensor | None = None,
+    scaled_sum: bool = False,
+    out_dtype: torch.dtype | None = None,
+    seed: int | None = None,
 ) -> Outputs:
     outputs = _allocate(
         partial,
@@ -140,25 +190,39 @@ def forward(
         save_statistics,
         "",
         "",
+        scaled_sum=scaled_sum,
+        out_dtype=out_dtype,
     )
-    storage = [contracts.rows(tensor) for tensor in (partial, inter_out, delta) if tensor is not None]
-    name = backends.choose(contracts.spec("phase2_fwd", storage), (backend, origin))
+    out, new_partial, logit, rstd, new_values, new_scale = outputs
+    new_partial = new_partial if new_values is None else new_values
+    rows = [partial if partial_values is None else partial_values, inter_out if inter_values is None else inter_values]
+    storage = [contracts.rows(tensor) for tensor in (*rows, delta) if tensor is not None]
+    stored = (out.dtype,) if new_partial is None else (out.dtype, new_partial.dtype)
+    scaled = partial_scale is not None or inter_scale is not None or new_scale is not None
+    scales: list[Tensor | None] = [None] * 3
+    if scaled:
+        scales = [
+            None if value is None else contracts.vector(value) for value in (partial_scale, inter_scale, new_scale)
+        ]
+    name = backends.choose(
+        contracts.spec("phase2_fwd", storage, stored=stored, scaled=scaled, seed=seed), (backend, origin)
+    )
     tokens = storage[0].shape[0]
     if tokens == 0:
         return outputs
-    out, new_partial = (None if value is None else contracts.rows(value) for value in outputs[:2])
-    logit, rstd = (None if value is None else contracts.vector(value) for value in outputs[2:])
+    (x, inter), addend = storage[:2], storage[2] if delta is not None else None
+    out, new_partial = contracts.rows(out), None if new_partial is None else contracts.rows(new_partial)
+    logit, rstd = (None if value is None else contracts.vector(value) for value in (logit, rstd))
     query, lse = contracts.vector(query), contracts.vector(inter_lse.contiguous())
-    addend = storage[2] if delta is not None else None
     backends.launch(
         "phase2_fwd",
         name,
         partial.device,
-        storage[0],
+        x,
         addend,
         query,
         key_weight,
-        storage[1],
+        inter,
         lse,
         output_weight,
         eps,
@@ -168,19 +232,29 @@ def forward(
         new_partial,
         logit,
         rstd,
+        partial_scale=scales[0],
+        inter_scale=scales[1],
+        new_partial_scale=scales[2],
+        seed=seed,
     )
     if checked_mode.is_on():
+        checked_x = contracts.scaled_or_plain(x, scales[0])
+        if addend is not None and new_partial is not None:
+            kept = contracts.scaled_or_plain(new_partial, scales[2])
+            checked_mode.verify_sum("phase2", "new_partial", name, checked_x, addend, kept, seed is not None)
+            checked_x = kept
+        checked_inter = contracts.scaled_or_plain(inter, scales[1])
         arguments = _oracle_arguments(
-            storage[0], query, storage[1], lse, eps, key_weight, scale, output_weight, output_eps
+            checked_x, query, checked_inter, lse, eps, key_weight, scale, output_weight, output_eps
         )
-        checked_mode.verify("phase2", name, {**arguments, "delta": addend}, {"out": out, "new_partial": new_partial})
+        checked_mode.verify("phase2", name, arguments, {"out": out})
     return outputs
 
 
 def _oracle_arguments(
-    partial: Tensor,
+    partial: contracts.Rows,
     query: Tensor,
-    inter_out: Tensor,
+    inter_out: contracts.Rows,
     inter_lse: Tensor,
     eps: float,
     key_weight: Tensor | None,
@@ -216,6 +290,10 @@ def _allocate_gradients(
     output_eps: float,
     scale: float,
     backend: str,
+    partial_values: Tensor | None = None,
+    partial_scale: Tensor | None = None,
+    inter_values: Tensor | None = None,
+    inter_scale: Tensor | None = None,
 ) -> list[Tensor]:
     """d_partial, d_inter_out, d_inter_lse, d_query, d_key_weight, d_output_weight (the last two empty without such a weight)."""
     found = [tensor.new_empty(tensor.shape) for tensor in (partial, inter_out, inter_lse, query)]
@@ -240,6 +318,10 @@ def _backward(
     output_eps: float,
     scale: float,
     backend: str,
+    partial_values: Tensor | None = None,
+    partial_scale: Tensor | None = None,
+    inter_values: Tensor | None = None,
+    inter_scale: Tensor | None = None,
 ) -> list[Tensor]:
     gradients = _allocate_gradients(
         d_out,
@@ -273,6 +355,10 @@ def _backward(
         output_eps,
         scale,
         backend,
+        partial_values,
+        partial_scale,
+        inter_values,
+        inter_scale,
     )
     return gradients
 
@@ -293,10 +379,16 @@ def fill_gradients(
     output_eps: float,
     scale: float,
     backend: str,
+    partial_values: Tensor | None = None,
+    partial_scale: Tensor | None = None,
+    inter_values: Tensor | None = None,
+    inter_scale: Tensor | None = None,
 ) -> None:
     """Fills d_partial, d_inter_out, d_inter_lse and the parameters' gradients, which may have any of the dtypes."""
     d_partial, d_inter_out, d_inter_lse, d_query, d_key_weight, d_output_weight = gradients
-    partial, inter_out = contracts.rows(partial), contracts.rows(inter_out)
+    partial = contracts.rows(partial if partial_values is None else partial_values)
+    inter_out = contracts.rows(inter_out if inter_values is None else inter_values)
+    scales = [None if value is None else contracts.vector(value) for value in (partial_scale, inter_scale)]
     tokens = partial.shape[0]
     if tokens == 0:
         for gradient in gradients:
@@ -310,7 +402,8 @@ def fill_gradients(
     d_key = None if key_weight is None else d_key_weight
     d_output = None if output_weight is None else d_output_weight
     storage = [d_out, partial, inter_out, d_partial, d_inter_out] + ([] if d_new_partial is None else [d_new_partial])
-    name = backends.choose_backward(contracts.spec("phase2_bwd", storage), backend)
+    scaled = any(value is not None for value in scales)
+    name = backends.choose_backward(contracts.spec("phase2_bwd", storage, scaled=scaled), backend)
     backends.launch(
         "phase2_bwd",
         name,
@@ -334,10 +427,13 @@ def fill_gradients(
         d_query,
         d_key,
         d_output,
+        partial_scale=scales[0],
+        inter_scale=scales[1],
     )
     if checked_mode.is_on():
         # x is given as the partial sum and returned as the new one, by a delta of zeros: so its gradient has both parts
-        arguments = _oracle_arguments(partial, query, inter_out, lse, eps, key_weight, scale, output_weight, output_eps)
+        x, inter = contracts.scaled_or_plain(partial, scales[0]), contracts.scaled_or_plain(inter_out, scales[1])
+        arguments = _oracle_arguments(x, query, inter, lse, eps, key_weight, scale, output_weight, output_eps)
         results = {
             "d_partial_sum": d_partial,
             "d_pseudo_query": d_query,
@@ -347,20 +443,23 @@ def fill_gradients(
             "d_output_rms_weight": d_output,
         }
         grads = {"out": d_out, "new_partial": d_new_partial}
-        checked_mode.verify("phase2", name, {**arguments, "delta": torch.zeros_like(partial)}, results, grads)
+        checked_mode.verify("phase2", name, {**arguments, "delta": torch.zeros_like(d_partial)}, results, grads)
 
 
 def _save(ctx: Any, arguments: tuple[Any, ...], outputs: Outputs) -> None:
-    partial, delta, query, key_weight, inter_out, inter_lse, output_weight, eps, output_eps, scale, _, backend, _ = (
-        arguments
-    )
-    _, new_partial, logit, rstd = outputs
-    ctx.mark_non_differentiable(logit, rstd)
+    partial, delta, query, key_weight, inter_out, inter_lse, output_weight, *options = arguments
+    eps, output_eps, scale, _, backend, _, x_values, x_scale, inter_values, inter_scale, scaled_sum, _, _ = options
+    _, new_partial, *others = outputs
+    logit, rstd, new_values, new_scale = others
+    ctx.mark_non_differentiable(*(other for other in others if other is not None))
     ctx.set_materialize_grads(False)
     x = partial if delta is None else new_partial
-    ctx.save_for_backward(x, query, key_weight, inter_out, inter_lse, output_weight, logit, rstd)
+    if scaled_sum:
+        x_values, x_scale = new_values, new_scale
+    statistics = (query, key_weight, inter_out, inter_lse, output_weight, logit, rstd)
+    ctx.save_for_backward(x, *statistics, x_values, x_scale, inter_values, inter_scale)
     ctx.options = (eps, output_eps, scale, backend)
-    ctx.has_delta = delta is not None
+    ctx.delta_dtype = None if delta is None else delta.dtype
 
 
 def _gradient(
@@ -370,32 +469,35 @@ def _gradient(
     d_new_partial: Tensor | None,
     *_: Tensor | None,
 ) -> tuple[Any, ...]:
-    x, query, key_weight, inter_out, inter_lse, output_weight, logit, rstd = ctx.saved_tensors
-    d_new_partial = d_new_partial if ctx.has_delta else None
+    x, *statistics, x_values, x_scale, inter_values, inter_scale = ctx.saved_tensors
+    _, key_weight, _, _, output_weight, _, _ = statistics
+    d_new_partial = None if ctx.delta_dtype is None else d_new_partial
     if d_out is None:
-        d_out = torch.zeros_like(x)
-    found = backward(
-        d_out, d_new_partial, x, query, key_weight, inter_out, inter_lse, output_weight, logit, rstd, *ctx.options
-    )
+        d_out = x.new_zeros(x.shape)
+    scaled = (x_values, x_scale, inter_values, inter_scale)
+    found = backward(d_out, d_new_partial, x, *statistics, *ctx.options, *scaled)
     d_partial, d_inter_out, d_inter_lse, d_query, d_key_weight, d_output_weight = found
     return (
         d_partial,
-        d_partial if ctx.has_delta else None,
+        None if ctx.delta_dtype is None else d_partial.to(ctx.delta_dtype),
         d_query,
         None if key_weight is None else d_key_weight,
         d_inter_out,
         d_inter_lse,
         None if output_weight is None else d_output_weight,
-        *(None,) * 6,
+        *(None,) * 13,
     )
 
 
 _phase_2 = Operator(
     "phase_2",
     "(Tensor partial, Tensor? delta, Tensor query, Tensor? key_weight, Tensor inter_out, Tensor inter_lse, Tensor? output_weight, "
-    "float eps, float output_eps, float scale, bool save_statistics, str backend, str origin) -> (Tensor, Tensor, Tensor, Tensor)",
+    "float eps, float output_eps, float scale, bool save_statistics, str backend, str origin, Tensor? partial_values, "
+    "Tensor? partial_scale, Tensor? inter_values, Tensor? inter_scale, bool scaled_sum, "
+    "ScalarType? out_dtype, int? seed) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "(Tensor d_out, Tensor? d_new_partial, Tensor partial, Tensor query, Tensor? key_weight, Tensor inter_out, Tensor inter_lse, "
-    "Tensor? output_weight, Tensor logit, Tensor rstd, float eps, float output_eps, float scale, str backend) -> Tensor[]",
+    "Tensor? output_weight, Tensor logit, Tensor rstd, float eps, float output_eps, float scale, str backend, "
+    "Tensor? partial_values, Tensor? partial_scale, Tensor? inter_values, Tensor? inter_scale) -> Tensor[]",
     forward=forward,
     backward=_backward,
     allocate_forward=_allocate,

@@ -1,9 +1,8 @@
 """Precision at risk: what 16-bit storage would lose of given activations, source by source.
 
 Rounding errors are of a row in units of its RMS, then the RMS over the rows, so that every token counts the same
-however large it is. Scaled fp16 is fp16 with one power-of-two scale per row, chosen so that the row's largest value
-lies in [2^14, 2^15): scaling is exact, nothing overflows, and only values below 2^-28 of the row's largest
-become subnormal.
+however large it is. Scaled fp16 (scaled.py) has one power-of-two scale per row: nothing overflows, and only values below
+2^-28 of the row's largest become subnormal.
 """
 
 from __future__ import annotations
@@ -12,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from attnres.scaled import SCALED_FP16, rounded
 
 FP16_LARGEST = torch.finfo(torch.float16).max  # 65504
 FP16_SMALLEST_NORMAL = torch.finfo(torch.float16).tiny  # 2^-14: below it mantissa bits are lost
@@ -49,13 +50,6 @@ def beyond_fp16(sources: Tensor) -> str:
     return f"source {', '.join(map(str, found))}: values above {FP16_LARGEST:.0f}" if found else ""
 
 
-def scaled(rows: Tensor) -> Tensor:
-    """Rows as scaled fp16 has them, in their own dtype."""
-    _, exponent = torch.frexp(rows.abs().amax(-1, keepdim=True))
-    scale = torch.exp2((15 - exponent).to(rows.dtype))
-    return (rows * scale).half().to(rows.dtype) / scale
-
-
 def _source_risk(index: int, source: Tensor) -> SourceRisk:
     size, half = source.abs(), source.half().double()
     largest = float(size.max())
@@ -63,7 +57,7 @@ def _source_risk(index: int, source: Tensor) -> SourceRisk:
     errors = {
         "bf16": _row_error(source.bfloat16().double(), source),
         "fp16": _row_error(half, source),
-        "scaled_fp16": _row_error(scaled(source), source),
+        "scaled_fp16": _row_error(rounded(source, SCALED_FP16), source),
     }
     level, verdict = _verdict(int(over.sum()), source.numel(), largest, **errors)
     return SourceRisk(

@@ -24,7 +24,7 @@ class Operator:
     allocate_backward make their outputs' metadata alone (the fake implementations). An output that is not wanted is None, which
     torch.library has as an empty tensor. save(ctx, arguments, outputs) keeps what the gradient needs; gradient(ctx, backward,
     *grads) returns one gradient per argument. Where the schema's first argument is a Tensor[], the gradient's first element is a
-    list.
+    list. Other Tensor[] arguments have no gradient, which is said by no_gradients.
     """
 
     def __init__(
@@ -90,7 +90,9 @@ class Operator:
             @torch.autograd.function.once_differentiable
             def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
                 found = gradient(ctx, backward, *grads)
-                return (None, *found[0], *found[1:]) if takes_list else found
+                if takes_list:
+                    found = (None, *found[0], *found[1:])
+                return tuple(None if isinstance(part, list) else part for part in found)
 
         return Eager
 
@@ -109,6 +111,10 @@ def register(name: str, schema: str, implementation: Callable[..., Any], fake: C
     _library.define(name + schema)
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"attnres::{name}", fake, lib=_library)
+
+
+def no_gradients(tensors: list[Tensor] | None) -> list[None] | None:
+    return None if tensors is None else [None] * len(tensors)
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,9 +13,9 @@ from attnres.registration import register
 
 
 def attn_res_step(
-    prefix: Tensor,
+    prefix: contracts.Rows,
     delta: Tensor | None,
-    blocks: Tensor,
+    blocks: contracts.Rows,
     norm_weight: Tensor | None,
     qk_weight: Tensor,
     output_norm_weight: Tensor | None,
@@ -22,27 +24,33 @@ def attn_res_step(
     eps: float,
     output_norm_eps: float,
     *,
+    out_dtype: torch.dtype | None = None,
+    stochastic_seed: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """One site of a serving model (the argument list of vLLM's Kimi K3 `attn_res`). In place, without gradient.
 
-        prefix += delta, rounded to prefix's dtype before it is used; blocks[:, block_write_idx] = prefix where the index is >= 0
+        prefix += delta, rounded to prefix's storage before it is used; blocks[:, block_write_idx] = prefix where the index is >= 0
         out = the mix of blocks[:, :num_blocks] and prefix under the query qk_weight, then RMSNorm(out) * output_norm_weight
 
     Args:
-        prefix: running sum of the current block [T, D], bfloat16, float16 or float32; updated in place when delta is given.
+        prefix: running sum of the current block [T, D], bfloat16, float16, float32 or a ScaledTensor; updated in place when delta
+            is given.
         delta: output of the last sublayer [T, D], or None.
-        blocks: finished block representations [T, B, D] with any token and block strides.
+        blocks: finished block representations [T, B, D] stored as prefix is, with any token and block strides.
         norm_weight: weight of the keys' RMSNorm [D]; None is a weight of ones.
         qk_weight: the site's query [D].
         output_norm_weight: weight of the output norm [D], or None for no norm.
         num_blocks: how many blocks take part, 0 to min(B, 63); with 0 the mix is prefix itself.
         block_write_idx: where to store the updated prefix: -1 for nowhere, else num_blocks to B - 1.
         eps, output_norm_eps: epsilons of the keys' and of the output norm.
+        out_dtype: dtype of out, of those that dtypes.TABLE lists; None is prefix's.
+        stochastic_seed: with delta, an int rounds the new prefix stochastically, with this seed, as phase_2 does its new partial
+            sum; None to nearest.
         backend: "auto", "cute", "triton" or "torch"; None leaves it to use_backend and ATTNRES_BACKEND.
 
     Returns:
-        out [T, D] in prefix's dtype.
+        out [T, D].
 
     Least traffic: (num_blocks + 4) T D elements with delta, and one more for a block write.
 
@@ -61,12 +69,16 @@ def attn_res_step(
         block_write_idx,
         eps,
         output_norm_eps,
+        out_dtype=out_dtype,
+        stochastic_seed=stochastic_seed,
     )
     run = torch.ops.attnres.step if torch.compiler.is_compiling() else _step
+    prefix_rows, *prefix_scale = contracts.memory(prefix)
+    block_rows, *blocks_scale = contracts.memory(blocks)
     return run(
-        prefix,
+        prefix_rows,
         delta,
-        blocks,
+        block_rows,
         norm_weight,
         qk_weight,
         output_norm_weight,
@@ -75,6 +87,10 @@ def attn_res_step(
         eps,
         output_norm_eps,
         *backends.requested(backend),
+        prefix_scale[0] if prefix_scale else None,
+        blocks_scale[0] if blocks_scale else None,
+        prefix.dtype if out_dtype is None else out_dtype,
+        stochastic_seed,
     )
 
 
@@ -91,13 +107,21 @@ def _step(
     output_norm_eps: float,
     backend: str,
     origin: str,
+    prefix_scale: Tensor | None = None,
+    blocks_scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    seed: int | None = None,
 ) -> Tensor:
-    out = prefix.new_empty(prefix.shape)
-    name = backends.choose(contracts.step_spec(prefix, delta, blocks, num_blocks), (backend, origin))
+    out = prefix.new_empty(prefix.shape, dtype=out_dtype)
+    asked = contracts.step_spec(
+        prefix, delta, blocks, num_blocks, stored=(out.dtype,), scaled=prefix_scale is not None, seed=seed
+    )
+    name = backends.choose(asked, (backend, origin))
     if not prefix.shape[0]:
         return out
+    stored = contracts.scaled_or_plain(prefix, prefix_scale), contracts.scaled_or_plain(blocks, blocks_scale)
     check = checked_mode.is_on()
-    given = (prefix.clone(), blocks.clone()) if check else (prefix, blocks)
+    before = [value.clone() for value in stored] if check else []
     backends.launch(
         "serve_step",
         name,
@@ -113,12 +137,15 @@ def _step(
         eps,
         output_norm_eps,
         out,
+        prefix_scale=prefix_scale,
+        blocks_scale=blocks_scale,
+        seed=seed,
     )
     if check:
         arguments = {
-            "prefix": given[0],
+            "prefix": before[0],
             "delta": delta,
-            "blocks": given[1],
+            "blocks": before[1],
             "norm_weight": norm_weight,
             "qk_weight": qk_weight,
             "output_norm_weight": output_norm_weight,
@@ -127,18 +154,20 @@ def _step(
             "eps": eps,
             "output_norm_eps": output_norm_eps,
         }
-        checked_mode.verify_step(name, arguments, {"out": out, "prefix": prefix, "blocks": blocks})
+        checked_mode.verify_step(name, arguments, out, *stored, stochastic=seed is not None)
     return out
 
 
-def _fake(prefix: Tensor, *_: object) -> Tensor:
-    return prefix.new_empty(prefix.shape)
+def _fake(prefix: Tensor, *others: Any) -> Tensor:
+    *_, out_dtype, _ = others
+    return prefix.new_empty(prefix.shape, dtype=out_dtype)
 
 
 register(
     "step",
     "(Tensor(a!) prefix, Tensor? delta, Tensor(b!) blocks, Tensor? norm_weight, Tensor qk_weight, Tensor? output_norm_weight, "
-    "int num_blocks, int block_write_idx, float eps, float output_norm_eps, str backend, str origin) -> Tensor",
+    "int num_blocks, int block_write_idx, float eps, float output_norm_eps, str backend, str origin, "
+    "Tensor(c!)? prefix_scale, Tensor(d!)? blocks_scale, ScalarType? out_dtype, int? seed) -> Tensor",
     _step,
     _fake,
 )

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from attnres import precision
+from attnres.scaled import SCALED_FP16, rounded
 
 
 def test_precision_at_risk() -> None:
@@ -38,5 +39,5 @@ def test_scaled_fp16_is_exact_where_the_row_fits() -> None:
     rows = torch.tensor(
         [[2.0**20, 3.0, -7.0], [2.0**-60, 2.0**-70, 0.0], [0.0, 0.0, 0.0], [65504.0, 1.0, 2.0]]
     ).double()
-    assert torch.equal(precision.scaled(rows), rows)
+    assert torch.equal(rounded(rows, SCALED_FP16), rows)
     assert not torch.equal(rows.half().double(), rows)

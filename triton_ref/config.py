@@ -20,6 +20,7 @@ MAX_WARPS = 16
 # its own reductions; kernels with few live rows (light) then take 32 elements on 256 threads held to 128 registers, two
 # programs an SM, for a few spilled values (compiled for sm_90 at D = 7168: at most 112 bytes a thread).
 ROW_ELEMENTS = 16
+MIN_ROW = 8  # elements that share a draw of random bits
 LIGHT_ROW = 8192
 LIGHT_WARPS = 8
 LIGHT_REGISTERS = 128
@@ -61,7 +62,7 @@ def next_power_of_2(n: int) -> int:
 
 def row_config(hidden_size: int, *, light: bool) -> RowConfig:
     """light: at most four live rows; a backward through an output norm has seven."""
-    block_d = next_power_of_2(hidden_size)
+    block_d = max(MIN_ROW, next_power_of_2(hidden_size))
     if light and block_d == LIGHT_ROW:
         return RowConfig(block_d, LIGHT_WARPS, LIGHT_REGISTERS)
     return RowConfig(block_d, max(1, min(MAX_WARPS, block_d // (32 * ROW_ELEMENTS))), None)
@@ -97,9 +98,16 @@ def tile_programs(num_tokens: int, tiles: int) -> int:
 
 
 def refusal(
-    *, op: str, dtype: torch.dtype, hidden_size: int, num_sources: int, num_queries: int, byte_alignment: int
+    *,
+    op: str,
+    dtype: torch.dtype,
+    hidden_size: int,
+    num_sources: int,
+    num_queries: int,
+    byte_alignment: int,
+    features: tuple[str, ...] = (),
 ) -> str | None:
-    """Why this backend cannot take a call, as one clause, or None. Any alignment will do."""
+    """Why this backend cannot take a call, as one clause, or None. Any alignment and all features will do."""
     if dtype not in DTYPES:
         return f"triton {op} takes bfloat16, float16 or float32 storage, not {dtype}"
     if hidden_size > MAX_HIDDEN_SIZE:

@@ -8,18 +8,31 @@ One program a token; an online softmax over the sources reads each of them once:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 
 from triton_ref import config
-from triton_ref.device.rows import key_logit, load_key, load_row, merge, rms_norm, row_of
+from triton_ref.device.rows import (
+    key_logit,
+    load_key,
+    load_row,
+    merge,
+    rms_norm,
+    row_of,
+    scale_of,
+    unit_of,
+)
 
 
 @triton.jit(do_not_specialize=["T", "num_sources"])
 def mix_fwd_kernel(
     p_sources,  # L x [T, D]
     source_strides,  # L row strides
+    p_scales,  # L x [T] or None
+    scale_strides,  # L strides or None
     p_query,  # [D]
     p_key_weight,  # [D] or None
     p_output_weight,  # [D] or None
@@ -50,12 +63,15 @@ def mix_fwd_kernel(
     b_mix = tl.zeros([BLOCK_D], tl.float32)
     total = 0.0
     peak = float("-inf")
+    unit = unit_of(scale_of(p_scales, scale_strides, 0, t, L))
     b_next = load_row(row_of(p_sources, source_strides, 0, t, L), o_d, D)
     for i in range(num_sources):
-        b_v = b_next
+        row_scale = scale_of(p_scales, scale_strides, i, t, L)
+        unit = tl.maximum(unit, row_scale)
+        b_v = b_next * row_scale
         # The next source is on its way while this one is reduced: loads do not move across a reduction's barrier.
         b_next = load_row(row_of(p_sources, source_strides, tl.minimum(i + 1, num_sources - 1), t, L), o_d, D)
-        rstd, logit = key_logit(b_v, b_u, eps, scale, D)
+        rstd, logit = key_logit(b_v, b_u, eps, scale, D, unit_of(row_scale))
         b_rstd = tl.where(o_l == i, rstd, b_rstd)
         b_logits = tl.where(o_l == i, logit, b_logits)
         b_mix, total, peak = merge(b_mix, total, peak, b_v, logit)
@@ -65,7 +81,7 @@ def mix_fwd_kernel(
     if p_mixed is not None:
         tl.store(p_mixed + t * D + o_d, b_mix, mask=m_d)
     if p_output_weight is not None:
-        b_mix = rms_norm(b_mix, p_output_weight, output_eps, o_d, D)
+        b_mix = rms_norm(b_mix, p_output_weight, output_eps, o_d, D, unit)
     tl.store(p_out + t * D + o_d, b_mix, mask=m_d)
 
     o_lt = o_l.to(tl.int64) * T + t
@@ -94,6 +110,8 @@ def mix_fwd(
     rstd: torch.Tensor | None,
     lse: torch.Tensor | None,
     weights: torch.Tensor | None,
+    *,
+    source_scales: Sequence[torch.Tensor] | None = None,
 ) -> None:
     """Fill out [T, D] and whichever of mixed [T, D], logits, rstd, weights [L, T], lse [T] are given."""
     num_tokens, hidden_size = out.shape
@@ -101,6 +119,8 @@ def mix_fwd(
     mix_fwd_kernel[(num_tokens,)](
         p_sources=tuple(sources),
         source_strides=tuple(v.stride(0) for v in sources),
+        p_scales=None if source_scales is None else tuple(source_scales),
+        scale_strides=None if source_scales is None else tuple(s.stride(0) for s in source_scales),
         p_query=query,
         p_key_weight=key_weight,
         p_output_weight=output_weight,

@@ -11,21 +11,26 @@ d_sources hold.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 
 from triton_ref import config
-from triton_ref.device.rows import element, load_keys, load_row, row_of
+from triton_ref.device.rounding import D_SOURCES
+from triton_ref.device.rows import element, load_keys, load_row, load_scale, row_of, scale_of, store_row
 from triton_ref.query_grad import query_grad
 
 
-@triton.jit(do_not_specialize=["T", "num_sources"])
+@triton.jit(do_not_specialize=["T", "num_sources", "seed"])
 def phase1_d_sources_kernel(
     p_d_out,  # [S, T, D]
     p_d_lse,  # [S, T] or None
     p_sources,  # N x [T, D]
     source_strides,  # N row strides
+    p_scales,  # N x [T] or None
+    scale_strides,  # N strides or None
     p_queries,  # [S, D]
     query_stride,
     p_key_weights,  # [S, D] or None
@@ -39,6 +44,7 @@ def phase1_d_sources_kernel(
     p_g,  # [T, N, S]
     T,
     num_sources,
+    seed,  # or None: round to nearest
     scale,
     ACCUMULATE: tl.constexpr,
     N: tl.constexpr,
@@ -67,7 +73,7 @@ def phase1_d_sources_kernel(
         b_a = tl.zeros([BLOCK_S, BLOCK_N], tl.float32)
         b_next = load_row(row_of(p_sources, source_strides, 0, t, N), o_row, D)
         for n in range(num_sources):
-            b_v = b_next
+            b_v = b_next * scale_of(p_scales, scale_strides, n, t, N)
             b_next = load_row(row_of(p_sources, source_strides, tl.minimum(n + 1, num_sources - 1), t, N), o_row, D)
             b_a = tl.where((o_n == n)[None, :], tl.sum(b_d_out * b_v, axis=1)[:, None], b_a)
 
@@ -83,9 +89,9 @@ def phase1_d_sources_kernel(
         o_ns = o_n[None, :] * S + o_s[:, None]
         tl.store(p_p + o_ns, b_p, mask=m_sn)
         tl.store(p_g + o_ns, scale * (b_rstd[None, :] * b_h), mask=m_sn)
-        b_pull += tl.sum(b_logits * b_h, axis=0)
+        b_pull += tl.sum(b_logits * (b_rstd[None, :] * b_h), axis=0)
 
-    b_pull *= b_rstd * b_rstd / D
+    b_pull /= D
     # p and g go to the program's other threads through memory.
     tl.debug_barrier()
 
@@ -100,18 +106,24 @@ def phase1_d_sources_kernel(
             b_p = tl.load(p_p + n * S + o_s, mask=m_s, other=0.0)
             b_g = tl.load(p_g + n * S + o_s, mask=m_s, other=0.0)
             b_v = load_row(row_of(p_sources, source_strides, n, t, N), o_d, D)
+            b_v *= scale_of(p_scales, scale_strides, n, t, N)
             b_d_v = tl.sum(b_p[:, None] * b_d_out + b_g[:, None] * b_u, axis=0, keep_dims=True)
-            b_d_v -= element(b_pull, o_n, n) * b_v
+            # Not rstd^2: fp32 has no square of a large row's.
+            b_d_v -= element(b_pull, o_n, n) * (element(b_rstd, o_n, n) * b_v)
             p_d_v = row_of(p_d_sources, d_source_strides, n, t, N)
             if ACCUMULATE:
                 b_d_v += load_row(p_d_v, o_d, D)
-            tl.store(p_d_v + o_d, b_d_v, mask=o_d < D)
+            store_row(
+                p_d_v, b_d_v, o_d, o_d < D, load_scale(None, 0), seed, D_SOURCES, tl.cast(n, tl.int64) * T + t, first
+            )
 
 
 @triton.jit(do_not_specialize=["T", "num_sources"])
 def phase1_du_kernel(
     p_sources,  # N x [T, D]
     source_strides,  # N row strides
+    p_scales,  # N x [T] or None
+    scale_strides,  # N strides or None
     p_g,  # [T, N, S]
     p_du,  # [programs, S, D]
     T,
@@ -131,7 +143,7 @@ def phase1_du_kernel(
         for n in range(num_sources):
             b_g = tl.load(p_g + (t * N + n) * S + o_s, mask=m_s, other=0.0)
             b_v = load_row(row_of(p_sources, source_strides, n, t, N), o_d, D)
-            b_du += b_g[:, None] * b_v
+            b_du += b_g[:, None] * (b_v * scale_of(p_scales, scale_strides, n, t, N))
     o_out = (program * S + o_s)[:, None] * D + o_d
     tl.store(p_du + o_out, b_du, mask=m_s[:, None] & (o_d < D))
 
@@ -151,6 +163,9 @@ def phase1_bwd(
     accumulate: bool,
     d_queries: torch.Tensor,
     d_key_weights: torch.Tensor | None,
+    *,
+    source_scales: Sequence[torch.Tensor] | None = None,
+    seed: int | None = None,
 ) -> None:
     """Fill (or, with accumulate, add to) d_sources N x [T, D]; fill d_queries and, if given, d_key_weights [S, D].
 
@@ -167,6 +182,8 @@ def phase1_bwd(
         p_d_lse=d_lse,
         p_sources=tuple(sources),
         source_strides=source_strides,
+        p_scales=None if source_scales is None else tuple(source_scales),
+        scale_strides=None if source_scales is None else tuple(s.stride(0) for s in source_scales),
         p_queries=queries,
         query_stride=queries.stride(0),
         p_key_weights=key_weights,
@@ -180,6 +197,7 @@ def phase1_bwd(
         p_g=g,
         T=num_tokens,
         num_sources=num_sources,
+        seed=seed,
         scale=scale,
         ACCUMULATE=accumulate,
         N=num_sources,
@@ -200,6 +218,8 @@ def phase1_bwd(
     phase1_du_kernel[(programs, tiles)](
         p_sources=tuple(sources),
         source_strides=source_strides,
+        p_scales=None if source_scales is None else tuple(source_scales),
+        scale_strides=None if source_scales is None else tuple(s.stride(0) for s in source_scales),
         p_g=g,
         p_du=du,
         T=num_tokens,

@@ -5,34 +5,55 @@
 
 One program a token. It first takes whole rows, a few queries at a time, to the softmax weights p (fp32 [T, N, S], the
 only scratch); then tiles of D, all queries at once, to the mixes. The sources come from device memory once and from
-cache after that: (N+S) E bytes.
+cache after that: (N+S) E bytes. Where out is scaled fp16, the mixes are made once before, for the largest of each row.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 
 from triton_ref import config
-from triton_ref.device.rows import load_keys, load_row, row_of
+from triton_ref.device.rounding import PHASE_1_OUT, peak_bits, scale_from
+from triton_ref.device.rows import inverse_rms, load_keys, load_row, load_scale, row_of, scale_of, store_row, unit_of
 
 
-@triton.jit(do_not_specialize=["T", "num_sources"])
+@triton.jit
+def mix_tile(
+    p_p, p_sources, source_strides, p_scales, scale_strides, t, num_sources, o_s, m_s, o_d,
+    N: tl.constexpr, S: tl.constexpr, D: tl.constexpr
+):  # fmt: skip
+    """[TILE_S, TILE_D] of the mixes of all queries."""
+    b_mix = tl.zeros([o_s.shape[0], o_d.shape[1]], tl.float32)
+    for n in range(num_sources):
+        b_p = tl.load(p_p + n * S + o_s, mask=m_s, other=0.0)
+        b_v = load_row(row_of(p_sources, source_strides, n, t, N), o_d, D)
+        b_mix += b_p[:, None] * (b_v * scale_of(p_scales, scale_strides, n, t, N))
+    return b_mix
+
+
+@triton.jit(do_not_specialize=["T", "num_sources", "seed"])
 def phase1_fwd_kernel(
     p_sources,  # N x [T, D]
     source_strides,  # N row strides
+    p_scales,  # N x [T] or None
+    scale_strides,  # N strides or None
     p_queries,  # [S, D]
     query_stride,
     p_key_weights,  # [S, D] or None
     key_weight_stride,
     p_out,  # [S, T, D]
+    p_out_scale,  # [S, T] or None
     p_lse,  # [S, T]
     p_logits,  # [S, N, T] or None
     p_rstd,  # [N, T] or None
     p_p,  # [T, N, S]
     T,
     num_sources,
+    seed,  # or None: round to nearest
     eps,
     scale,
     N: tl.constexpr,
@@ -58,10 +79,11 @@ def phase1_fwd_kernel(
         b_logits = tl.full([BLOCK_S, BLOCK_N], float("-inf"), tl.float32)
         b_next = load_row(row_of(p_sources, source_strides, 0, t, N), o_row, D)
         for n in range(num_sources):
-            b_v = b_next
+            row_scale = scale_of(p_scales, scale_strides, n, t, N)
+            b_v = b_next * row_scale
             b_next = load_row(row_of(p_sources, source_strides, tl.minimum(n + 1, num_sources - 1), t, N), o_row, D)
             # [1]
-            b_r = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(b_v * b_v, axis=1) / D + eps))
+            b_r = inverse_rms(b_v, eps, D, unit_of(row_scale), axis=1)
             b_logit = scale * (b_r * tl.sum(b_u * b_v, axis=1))
             b_rstd = tl.where(o_n == n, b_r, b_rstd)
             b_logits = tl.where((o_n == n)[None, :], b_logit[:, None], b_logits)
@@ -83,14 +105,28 @@ def phase1_fwd_kernel(
 
     o_s = tl.arange(0, TILE_S)
     m_s = o_s < S
-    p_out_rows = p_out + (o_s.to(tl.int64) * T + t)[:, None] * D
+    o_rows = o_s.to(tl.int64) * T + t
+    p_out_rows = p_out + o_rows[:, None] * D
+    out_scale = load_scale(None, 0)
+    if p_out_scale is not None:
+        b_peak = tl.zeros([TILE_S], tl.int32)
+        for first in range(0, D, TILE_D):
+            o_d = first + tl.arange(0, TILE_D)[None, :]
+            b_mix = mix_tile(
+                p_p, p_sources, source_strides, p_scales, scale_strides, t, num_sources, o_s, m_s, o_d, N, S, D
+            )
+            b_peak = tl.maximum(b_peak, peak_bits(b_mix, 1))
+        b_scale = scale_from(b_peak)
+        tl.store(p_out_scale + o_rows, b_scale, mask=m_s)
+        out_scale = b_scale[:, None]
     for first in range(0, D, TILE_D):
         o_d = first + tl.arange(0, TILE_D)[None, :]
-        b_mix = tl.zeros([TILE_S, TILE_D], tl.float32)
-        for n in range(num_sources):
-            b_p = tl.load(p_p + n * S + o_s, mask=m_s, other=0.0)
-            b_mix += b_p[:, None] * load_row(row_of(p_sources, source_strides, n, t, N), o_d, D)
-        tl.store(p_out_rows + o_d, b_mix, mask=m_s[:, None] & (o_d < D))
+        b_mix = mix_tile(
+            p_p, p_sources, source_strides, p_scales, scale_strides, t, num_sources, o_s, m_s, o_d, N, S, D
+        )
+        store_row(
+            p_out_rows, b_mix, o_d, m_s[:, None] & (o_d < D), out_scale, seed, PHASE_1_OUT, o_rows[:, None], first
+        )
 
 
 def phase1_fwd(
@@ -103,25 +139,33 @@ def phase1_fwd(
     lse: torch.Tensor,
     logits: torch.Tensor | None,
     rstd: torch.Tensor | None,
+    *,
+    source_scales: Sequence[torch.Tensor] | None = None,
+    out_scale: torch.Tensor | None = None,
+    seed: int | None = None,
 ) -> None:
-    """Fill out [S, T, D], lse [S, T], and logits [S, N, T], rstd [N, T] where given."""
+    """Fill out [S, T, D], lse [S, T], and logits [S, N, T], rstd [N, T], out_scale [S, T] where given."""
     num_queries, num_tokens, hidden_size = out.shape
     block = config.queries_config(hidden_size, num_queries, live_tiles=1)
     p = torch.empty(num_tokens, len(sources), num_queries, dtype=torch.float32, device=out.device)
     phase1_fwd_kernel[(num_tokens,)](
         p_sources=tuple(sources),
         source_strides=tuple(v.stride(0) for v in sources),
+        p_scales=None if source_scales is None else tuple(source_scales),
+        scale_strides=None if source_scales is None else tuple(s.stride(0) for s in source_scales),
         p_queries=queries,
         query_stride=queries.stride(0),
         p_key_weights=key_weights,
         key_weight_stride=0 if key_weights is None else key_weights.stride(0),
         p_out=out,
+        p_out_scale=out_scale,
         p_lse=lse,
         p_logits=logits,
         p_rstd=rstd,
         p_p=p,
         T=num_tokens,
         num_sources=len(sources),
+        seed=seed,
         eps=eps,
         scale=scale,
         N=len(sources),

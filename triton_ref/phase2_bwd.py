@@ -1,8 +1,8 @@
 """Phase 2 (intra-block), backward. x is the partial sum after delta, p = sigmoid(logit - inter_lse), h the merge.
 
-    dh = d_out, or through out = RMSNorm(h) * w_o        z = p (1-p) <dh, x - inter_out>        g = scale * r * z
-    d_inter_out = (1-p) dh        d_inter_lse = -z        d_x = p dh + g u - (r^2 logit z / D) x  (+ d_new_partial)
-    du = sum_tokens g x        d_w_o = sum_tokens d_out * h_hat
+    dh = d_out, or through out = RMSNorm(h) * w_o        z = p (1-p) <dh, x - inter_out>        g = r * z
+    d_inter_out = (1-p) dh        d_inter_lse = -z        d_x = p dh + g (scale * u - (r logit / D) x)  (+ d_new_partial)
+    du = scale * sum_tokens g x        d_w_o = sum_tokens d_out * h_hat
 
 A fixed number of persistent programs take tokens in turn and keep du and d_w_o in registers: 5 E bytes.
 """
@@ -14,7 +14,14 @@ import triton
 import triton.language as tl
 
 from triton_ref import config
-from triton_ref.device.rows import load_key, load_row, rms_norm_backward, sigmoid
+from triton_ref.device.rows import (
+    load_key,
+    load_row,
+    load_scale,
+    rms_norm_backward,
+    sigmoid,
+    unit_of,
+)
 from triton_ref.query_grad import vector_grad
 
 
@@ -25,10 +32,14 @@ def phase2_bwd_kernel(
     d_new_partial_stride,
     p_partial,  # [T, D]
     partial_stride,
+    p_partial_scale,  # [T] or None
+    partial_scale_stride,
     p_query,  # [D]
     p_key_weight,  # [D] or None
     p_inter_out,  # [T, D]
     inter_out_stride,
+    p_inter_scale,  # [T] or None
+    inter_scale_stride,
     p_inter_lse,  # [T]
     p_output_weight,  # [D] or None
     p_logit,  # [T]
@@ -47,13 +58,15 @@ def phase2_bwd_kernel(
     program = tl.program_id(0).to(tl.int64)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
-    b_u = load_key(p_query, p_key_weight, o_d, D)
+    b_u = scale * load_key(p_query, p_key_weight, o_d, D)
     b_du = tl.zeros([BLOCK_D], tl.float32)
     b_d_output_weight = tl.zeros([BLOCK_D], tl.float32)
 
     for t in range(program, T, tl.num_programs(0)):
-        b_x = load_row(p_partial + t * partial_stride, o_d, D)
-        b_inter = load_row(p_inter_out + t * inter_out_stride, o_d, D)
+        x_scale = load_scale(p_partial_scale, t * partial_scale_stride)
+        inter_scale = load_scale(p_inter_scale, t * inter_scale_stride)
+        b_x = load_row(p_partial + t * partial_stride, o_d, D) * x_scale
+        b_inter = load_row(p_inter_out + t * inter_out_stride, o_d, D) * inter_scale
         b_dh = load_row(p_d_out + t * D, o_d, D)
         logit = tl.load(p_logit + t)
         rstd = tl.load(p_rstd + t)
@@ -64,12 +77,14 @@ def phase2_bwd_kernel(
 
         if p_output_weight is not None:
             b_h = b_inter + p * (b_x - b_inter)
-            b_dh, b_share = rms_norm_backward(b_dh, b_h, p_output_weight, output_eps, o_d, D)
+            unit = unit_of(tl.maximum(x_scale, inter_scale))
+            b_dh, b_share = rms_norm_backward(b_dh, b_h, p_output_weight, output_eps, o_d, D, unit)
             b_d_output_weight += b_share
 
         z = p * rest * tl.sum(b_dh * (b_x - b_inter), axis=0)
-        g = scale * (rstd * z)
-        b_dx = p * b_dh + (g * b_u - (rstd * rstd * logit * z / D) * b_x)
+        g = rstd * z
+        # Not rstd^2: fp32 has no square of a large row's.
+        b_dx = p * b_dh + g * (b_u - (rstd * logit / D) * b_x)
         if p_d_new_partial is not None:
             b_dx += load_row(p_d_new_partial + t * d_new_partial_stride, o_d, D)
         b_du += g * b_x
@@ -77,7 +92,7 @@ def phase2_bwd_kernel(
         tl.store(p_d_inter_out + t * D + o_d, rest * b_dh, mask=m_d)
         tl.store(p_d_inter_lse + t, -z)
 
-    tl.store(p_du + program * D + o_d, b_du, mask=m_d)
+    tl.store(p_du + program * D + o_d, scale * b_du, mask=m_d)
     if p_d_output_weight is not None:
         tl.store(p_d_output_weight + program * D + o_d, b_d_output_weight, mask=m_d)
 
@@ -102,6 +117,9 @@ def phase2_bwd(
     d_query: torch.Tensor,
     d_key_weight: torch.Tensor | None,
     d_output_weight: torch.Tensor | None,
+    *,
+    partial_scale: torch.Tensor | None = None,
+    inter_scale: torch.Tensor | None = None,
 ) -> None:
     """Fill d_partial, d_inter_out [T, D], d_inter_lse [T], d_query [D], and d_key_weight, d_output_weight [D] if given.
 
@@ -118,10 +136,14 @@ def phase2_bwd(
         d_new_partial_stride=0 if d_new_partial is None else d_new_partial.stride(0),
         p_partial=partial,
         partial_stride=partial.stride(0),
+        p_partial_scale=partial_scale,
+        partial_scale_stride=0 if partial_scale is None else partial_scale.stride(0),
         p_query=query,
         p_key_weight=key_weight,
         p_inter_out=inter_out,
         inter_out_stride=inter_out.stride(0),
+        p_inter_scale=inter_scale,
+        inter_scale_stride=0 if inter_scale is None else inter_scale.stride(0),
         p_inter_lse=inter_lse,
         p_output_weight=output_weight,
         p_logit=logit,

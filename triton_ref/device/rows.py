@@ -1,10 +1,15 @@
-"""What the kernels do with rows of D elements: load in fp32, key statistics, softmax merge, RMSNorm and its backward.
+"""What the kernels do with rows of D elements: load in fp32, store, key statistics, softmax merge, RMSNorm and its backward.
 
 A row is a block of BLOCK_D elements, zero past D, so that sums need no mask. o_d is tl.arange(0, BLOCK_D).
+
+A row of scaled fp16 has a scale, a power of two, in another tensor: values * scale is loaded and stored (device/rounding.py has
+how). Its squares may leave fp32's range; its unit, the scale if that is above one, brings them back into it exactly.
 """
 
 import triton
 import triton.language as tl
+
+from triton_ref.device.rounding import PARTIAL_SUM, inverse, row_scale, stochastic
 
 
 @triton.jit
@@ -27,6 +32,54 @@ def row_of(p_sources, strides, i, t, COUNT: tl.constexpr):
 def load_row(p_row, o_d, D: tl.constexpr, wanted=True):
     """[BLOCK_D] fp32 from a row of any dtype; zeros where the row is not wanted."""
     return tl.load(p_row + o_d, mask=(o_d < D) & wanted, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_scale(p_scale, offset):
+    """A row's scale; 1 where rows have none, which the compiler makes nothing of."""
+    if p_scale is None:
+        return tl.full([], 1.0, tl.float32)
+    else:
+        return tl.load(p_scale + offset)
+
+
+@triton.jit
+def scale_of(p_scales, strides, i, t, COUNT: tl.constexpr):
+    """The scale of row t of source i."""
+    if p_scales is None:
+        return tl.full([], 1.0, tl.float32)
+    else:
+        return tl.load(row_of(p_scales, strides, i, t, COUNT))
+
+
+@triton.jit
+def unit_of(scale):
+    return tl.maximum(scale, 1.0)
+
+
+@triton.jit
+def store_row(p_row, b_x, o_d, m_d, scale, seed=None, STREAM: tl.constexpr = 0, row=0, first=0):
+    """Stores fp32 over its scale, rounded stochastically if there is a seed; returns what is stored now, in fp32.
+
+    STREAM, row and first, the first column, are its place among the random numbers (device/rounding.py).
+    """
+    b_x = b_x * inverse(scale)
+    if seed is not None:
+        b_x = stochastic(b_x, p_row.dtype.element_ty, seed, STREAM, row, first)
+    b_stored = b_x.to(p_row.dtype.element_ty)
+    tl.store(p_row + o_d, b_stored, mask=m_d)
+    return b_stored.to(tl.float32) * scale
+
+
+@triton.jit
+def store_sum(p_row, p_scale, offset, b_x, o_d, m_d, seed, row):
+    """store_row of a whole row of a partial sum, whose scale is chosen here; returns the scale, too."""
+    if p_scale is None:
+        scale = load_scale(p_scale, offset)
+    else:
+        scale = row_scale(b_x)
+        tl.store(p_scale + offset, scale)
+    return store_row(p_row, b_x, o_d, m_d, scale, seed, PARTIAL_SUM, row), scale
 
 
 @triton.jit
@@ -56,15 +109,17 @@ def load_keys(p_queries, query_stride, p_key_weights, key_weight_stride, o_s, m_
 
 
 @triton.jit
-def inverse_rms(b_v, eps, D: tl.constexpr):
+def inverse_rms(b_v, eps, D: tl.constexpr, unit, axis: tl.constexpr = 0):
     """(mean(v^2) + eps)^(-1/2), correctly rounded steps: one scalar a row, so the cost is nothing."""
-    return tl.div_rn(1.0, tl.sqrt_rn(tl.sum(b_v * b_v, axis=0) / D + eps))
+    down = inverse(unit)
+    b_v = b_v * down
+    return tl.div_rn(1.0, tl.sqrt_rn(tl.sum(b_v * b_v, axis=axis) / D + eps * down * down)) * down
 
 
 @triton.jit
-def key_logit(b_v, b_u, eps, scale, D: tl.constexpr):
+def key_logit(b_v, b_u, eps, scale, D: tl.constexpr, unit):
     """r and scale * r * <u, v> of one source row."""
-    rstd = inverse_rms(b_v, eps, D)
+    rstd = inverse_rms(b_v, eps, D, unit)
     return rstd, scale * (rstd * tl.sum(b_u * b_v, axis=0))
 
 
@@ -84,14 +139,14 @@ def sigmoid(x):
 
 
 @triton.jit
-def rms_norm(b_m, p_weight, eps, o_d, D: tl.constexpr):
-    return b_m * inverse_rms(b_m, eps, D) * load_row(p_weight, o_d, D)
+def rms_norm(b_m, p_weight, eps, o_d, D: tl.constexpr, unit):
+    return b_m * inverse_rms(b_m, eps, D, unit) * load_row(p_weight, o_d, D)
 
 
 @triton.jit
-def rms_norm_backward(b_d_out, b_m, p_weight, eps, o_d, D: tl.constexpr):
+def rms_norm_backward(b_d_out, b_m, p_weight, eps, o_d, D: tl.constexpr, unit):
     """d_m, and this row's share d_out * m_hat of the weight's gradient."""
-    rstd = inverse_rms(b_m, eps, D)
+    rstd = inverse_rms(b_m, eps, D, unit)
     b_hat = b_m * rstd
     b_d_hat = b_d_out * load_row(p_weight, o_d, D)
     b_d_m = rstd * (b_d_hat - b_hat * (tl.sum(b_d_hat * b_hat, axis=0) / D))

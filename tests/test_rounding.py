@@ -1,0 +1,511 @@
+"""Which dtypes go together, float32 outputs, and stochastic rounding: its definition, its evidence, the same bits everywhere."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import attnres
+from attnres import ScaledTensor, dtypes, inputs, numerics, oracle, rounding
+from attnres import backend as backends
+from attnres.inputs import Shape
+from attnres.scaled import SCALED_FP16
+from cute_kernels import config as cute_config
+
+BACKENDS = ("torch", "triton")
+EPS = 1e-6
+DTYPE = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32")}
+BF16, FP16, FP32 = DTYPE.values()
+
+
+def rows(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def stored(value: Tensor, storage: str) -> Tensor | ScaledTensor:
+    return ScaledTensor.from_tensor(value.bfloat16()) if storage == SCALED_FP16 else value.to(DTYPE[storage])
+
+
+# --- the table ---
+
+MIXES = [
+    (row.storage, *choice) for row in dtypes.TABLE.values() for choice in itertools.product(row.parameters, row.out)
+]
+MERGES = [
+    (row.storage, *choice)
+    for row in dtypes.TABLE.values()
+    for choice in itertools.product(row.delta, row.inter_out, row.out)
+]
+
+
+def within_budget(op: str, arguments: dict[str, Any], results: dict[str, Any], options: dict[str, Any]) -> None:
+    references = oracle.reference(op, arguments)
+    for name, value in results.items():
+        found = numerics.judge_reference(value, references[name])
+        assert found.ok, (name, options, found)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("storage", "parameters", "out"), MIXES)
+def test_sources_with_parameters_and_outputs_of_other_dtypes(
+    storage: str, parameters: str, out: str, backend: str
+) -> None:
+    sources = [stored(rows(3, 24, seed=i), storage) for i in range(3)]
+    queries, weight = rows(2, 24, seed=5).to(DTYPE[parameters]), (1 + 0.2 * rows(24, seed=6)).to(DTYPE[parameters])
+    options = {"out_dtype": DTYPE[out], "backend": backend}
+    mixed = attnres.attn_res(queries[0], sources, weight, weight, **options)
+    assert mixed.dtype == DTYPE[out]
+    given = {"query": queries[0], "residuals": sources, "rms_weight": weight, "output_rms_weight": weight}
+    within_budget("mix", given, {"out": mixed}, options)
+    inter, lse = attnres.phase_1(sources, queries, EPS, weight, **options)
+    given = {"block_representations": sources, "pseudo_queries": queries, "eps": EPS, "rms_weight": weight}
+    within_budget("phase1", given, {"out": inter, "lse": lse}, options)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("storage", "delta", "inter_out", "out"), MERGES)
+def test_partial_sums_with_addends_and_phase_1_results_of_other_dtypes(
+    storage: str, delta: str, inter_out: str, out: str, backend: str
+) -> None:
+    partial, addend = stored(rows(3, 24), storage), rows(3, 24, seed=1).to(DTYPE[delta])
+    inter, lse, query = stored(rows(3, 24, seed=2), inter_out), rows(3, seed=3), rows(24, seed=4)
+    options = {"out_dtype": DTYPE[out], "backend": backend}
+    merged, new = attnres.phase_2(partial, query, inter, lse, EPS, delta=addend, **options)
+    assert merged.dtype == DTYPE[out]
+    assert (type(new), new.dtype) == (type(partial), partial.dtype)
+    given = {
+        "partial_sum": partial,
+        "pseudo_query": query,
+        "inter_out": inter,
+        "inter_lse": lse,
+        "eps": EPS,
+        "delta": addend,
+    }
+    within_budget("phase2", given, {"out": merged, "new_partial": new}, options)
+    with torch.no_grad():
+        blocks = stored(rows(3, 2, 24, seed=5), storage)
+        prefix = partial.clone()
+        step = attnres.attn_res_step(prefix, addend, blocks, None, query, None, 1, 1, EPS, EPS, **options)
+    assert step.dtype == DTYPE[out]
+    expected = oracle.step(partial, addend, blocks, None, query, None, 1, 1, EPS, EPS)
+    assert numerics.judge(step, expected.out, kind="output", plain32=expected.out.float()).ok
+    for found, wanted in ((prefix, expected.prefix), (blocks, expected.blocks)):
+        assert torch.equal(found.to(torch.float64), wanted.to(torch.float64))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("out", [BF16, FP16, FP32])
+def test_gradients_have_the_dtypes_of_their_arguments(out: torch.dtype, backend: str) -> None:
+    """A float32 partial sum with bf16 addends and fp16 results of phase 1; float32 upstream gradients for bf16 sources."""
+    partial, delta, inter = rows(3, 24), rows(3, 24, seed=1).bfloat16(), rows(3, 24, seed=2).half()
+    lse, query = rows(3, seed=3), rows(24, seed=4).bfloat16()
+    leaves = [value.clone().requires_grad_() for value in (partial, query, inter, lse, delta)]
+    merged, new = attnres.phase_2(*leaves[:4], EPS, delta=leaves[4], out_dtype=out, backend=backend)
+    grads = {"out": rows(3, 24, seed=6).to(out), "new_partial": rows(3, 24, seed=7)}
+    torch.autograd.backward((merged, new), tuple(grads.values()))
+    names = ("partial_sum", "pseudo_query", "inter_out", "inter_lse", "delta")
+    given = dict(zip(names, (partial, query, inter, lse, delta), strict=True))
+    references = oracle.reference("phase2", {**given, "eps": EPS}, grads)
+    for name, leaf in zip(names, leaves, strict=True):
+        assert leaf.grad.dtype == leaf.dtype
+        assert numerics.judge_reference(leaf.grad, references[f"d_{name}"]).ok, name
+
+    case = inputs.make_case("mix", Shape(3, 24, 3), dtype="bf16")
+    sources = [source.requires_grad_() for source in case.arguments.pop("residuals")]
+    grad = rows(3, 24, seed=8)
+    attnres.attn_res(residuals=sources, **case.arguments, out_dtype=FP32, backend=backend).backward(grad)
+    given = {**case.arguments, "residuals": [source.detach() for source in sources]}
+    references = oracle.reference("mix", given, {"out": grad})
+    assert numerics.judge_reference([source.grad for source in sources], references["d_residuals"]).ok
+
+
+def test_float32_outputs_have_float32s_error() -> None:
+    case = inputs.make_case("mix", Shape(5, 72, 4), dtype="bf16")
+    exact = oracle.reference("mix", case.arguments)["out"].exact
+    out = attnres.attn_res(**case.arguments, out_dtype=FP32)
+    assert (out - exact).norm() < 1e-6 * exact.norm()
+
+
+S = torch.zeros(3, 8)
+ILLEGAL = [
+    (lambda: attnres.attn_res(S[0], [S.half()], out_dtype=BF16), "out_dtype is bfloat16", "float16"),
+    (lambda: attnres.phase_1([S.bfloat16()], S, EPS, out_dtype=FP16), "out_dtype is float16", "bfloat16"),
+    (lambda: attnres.phase_1([S], S, EPS, out_dtype=torch.float64), "out_dtype is float64", "float32"),
+    (lambda: attnres.phase_2(S.half(), S[0], S.bfloat16(), S[:, 0], EPS), "inter_out is bfloat16", "float16"),
+    (
+        lambda: attnres.phase_2(S.bfloat16(), S[0], S.bfloat16(), S[:, 0], EPS, delta=S),
+        "delta is float32",
+        "bfloat16",
+    ),
+    (
+        lambda: attnres.attn_res_step(S.half(), S, S[:, None].half(), None, S[0], None, 1, -1, EPS, EPS),
+        "delta is float32",
+        "float16",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "message", "storage"), ILLEGAL)
+def test_what_the_table_does_not_list_is_refused_with_its_row(call: Any, message: str, storage: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        call()
+    assert str(caught.value) == f"{message}; allowed with {dtypes.TABLE[storage]}"
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"storage": "fp8"}, ValueError, "storage is 'fp8'; allowed are None and 'fp16_scaled'"),
+        ({"storage": SCALED_FP16, "delta": None}, ValueError, "there is none without delta"),
+        ({"stochastic_seed": 3, "delta": None}, ValueError, "there is none without delta"),
+        ({"stochastic_seed": 3}, ValueError, "float32 result; allowed are bfloat16, float16 and scaled fp16"),
+        ({"stochastic_seed": -1, "storage": SCALED_FP16}, ValueError, r"allowed are 0 to 2\*\*63 - 1"),
+        ({"stochastic_seed": 1.0}, TypeError, "stochastic_seed is a float; allowed is an int"),
+    ],
+)
+def test_options_that_say_nothing_are_refused(given: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        attnres.phase_2(S, S[0], S, S[:, 0], EPS, **{"delta": S, **given})
+
+
+def test_cute_refuses_what_it_has_no_kernel_for() -> None:
+    call = {
+        "op": "phase2_fwd",
+        "dtype": BF16,
+        "hidden_size": 64,
+        "num_sources": 1,
+        "num_queries": 1,
+        "byte_alignment": 16,
+    }
+    assert cute_config.refusal(**call) is None
+    for options, expected in (
+        ({"storage": {BF16, FP32}}, "phase2_fwd has no CuTe kernel yet for mixed storage dtypes"),
+        ({"storage": {FP16}, "scaled": True, "seed": 1}, "scaled fp16 and stochastic rounding"),
+        ({"storage": {BF16}}, "None"),
+    ):
+        assert expected in str(cute_config.refusal(**call, features=dtypes.features(**options)))
+
+
+def test_explain_knows_the_options() -> None:
+    given = (rows(3, 8).bfloat16(), S[0], rows(3, 8).bfloat16(), S[:, 0], EPS)
+    found = attnres.explain(
+        attnres.phase_2, *given, delta=rows(3, 8).bfloat16(), stochastic_seed=4, storage=SCALED_FP16
+    )
+    assert found.forward == "torch"
+    assert attnres.explain(attnres.phase_1, [given[0]], S, EPS, storage=SCALED_FP16).backward == "torch"
+    prefix, blocks = ScaledTensor.from_tensor(S), ScaledTensor.from_tensor(S[:, None])
+    step = attnres.explain(
+        attnres.attn_res_step, prefix, S, blocks, None, S[0], None, 1, -1, EPS, EPS, stochastic_seed=1
+    )
+    assert step.forward == "torch"
+
+
+# --- stochastic rounding: the definition ---
+
+
+def test_philox_has_its_published_values() -> None:
+    vectors = [
+        ((0,) * 4, 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((0xFFFFFFFF,) * 4, 2**64 - 1, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            0x299F31D0_A4093822,
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ]
+    for counter, key, expected in vectors:
+        assert tuple(int(word) for word in rounding.philox(key, tuple(map(torch.tensor, counter)))) == expected
+
+
+def test_bits_depend_on_seed_stream_and_element_alone() -> None:
+    cpu = torch.device("cpu")
+    all_rows = rounding.random_bits(5, 1, 0, 20, 37, cpu)
+    assert torch.equal(rounding.random_bits(5, 1, 7, 3, 37, cpu), all_rows[7:10])
+    assert torch.equal(rounding.random_bits(5, 1, 0, 20, 16, cpu), all_rows[:, :16])
+    words = [int(word) for word in rounding.philox(5, tuple(map(torch.tensor, (2, 9, 0, 1))))]
+    assert all_rows[9, 16:24].tolist() == [half for word in words for half in (word & 0xFFFF, word >> 16)]
+    for other in ((6, 1, 0), (5, 2, 0), (5 + 2**32, 1, 0), (5, 1, 2**32)):
+        share = (rounding.random_bits(*other, 20, 37, cpu) == all_rows).float().mean()
+        assert share < 0.01
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_numbers_that_the_target_has_stay(dtype: torch.dtype) -> None:
+    value = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).view(-1, 64)
+    rounded = rounding.stochastic(value.float(), dtype, 3, 0)
+    assert torch.equal(rounded.nan_to_num(nan=0.5), value.nan_to_num(nan=0.5))
+    finite = value.isfinite()
+    assert torch.equal(rounded.view(torch.int16)[finite], value.view(torch.int16)[finite])  # the sign of zero, too
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("magnitude", [1.0, 2.0**-16, 2.0**-24, 2.0**-130, 60000.0, 3e38])
+def test_the_result_is_a_neighbour_and_right_on_average(dtype: torch.dtype, magnitude: float) -> None:
+    value = (torch.rand(4, 64, generator=torch.Generator().manual_seed(1)) - 0.5) * 2 * magnitude
+    seeds = 400
+    drawn = torch.stack([rounding.stochastic(value, dtype, seed, 0) for seed in range(seeds)])
+    measured = numerics.judge(drawn[0], value.double(), kind="output", plain32=value, stochastic=True)
+    assert measured.ok
+    exact = value.double()
+    low, high = (numerics._neighbour(exact, dtype, up) for up in (False, True))
+    assert ((drawn.double() == low) | (drawn.double() == high)).all()
+    inside = low.isfinite() & high.isfinite() & (low < high)
+    share = ((exact - low) / (high - low))[inside]  # probability of the upper neighbour
+    found = (drawn.double() == high)[:, inside].double().mean(0)
+    # float16's subnormal numbers drop what is finer than 2^-13 of a step
+    deviation = (share * (1 - share) / seeds).sqrt() + 2.0**-13
+    assert ((found - share).abs() < 5 * deviation).all()
+    if len(share):
+        assert ((found - share) / deviation).mean().abs() < 5 / math.sqrt(len(share))
+
+
+def test_overflow_infinity_and_nan() -> None:
+    inf, nan = math.inf, math.nan
+    value = torch.tensor([[inf, -inf, nan, 65519.0, 65521.0, 65536.0, -70000.0, 65504.0]])
+    drawn = torch.stack([rounding.stochastic(value, FP16, seed, 0) for seed in range(50)])[:, 0]
+    assert (drawn[:, 0] == inf).all()
+    assert (drawn[:, 1] == -inf).all()
+    assert drawn[:, 2].isnan().all()
+    for column in (3, 4):
+        assert set(drawn[:, column].tolist()) == {65504.0, inf}
+    assert (drawn[:, 5] == inf).all()
+    assert (drawn[:, 6] == -inf).all()
+    assert (drawn[:, 7] == 65504).all()
+    top = torch.full((1, 8), 2.0**127 * (2 - 2.0**-9))  # halfway between bfloat16's largest number and infinity
+    drawn = torch.stack([rounding.stochastic(top, BF16, seed, 0) for seed in range(50)])
+    assert set(drawn.flatten().tolist()) == {torch.finfo(BF16).max, inf}
+
+
+# --- stochastic rounding: the operations ---
+
+
+@pytest.mark.parametrize("storage", ["bfloat16", "float16", SCALED_FP16])
+@pytest.mark.parametrize("size", [3, 40])
+def test_torch_and_triton_draw_the_same_sums(storage: str, size: int) -> None:
+    """In training and in serving, whatever else the call does."""
+    partial, delta, query = stored(rows(5, size), storage), rows(5, size, seed=1).bfloat16(), rows(size, seed=2)
+    if storage == "float16":
+        delta = delta.half()
+    found = []
+    for backend, seed in itertools.product(BACKENDS, (7, 2**40 + 7)):
+        options = {"stochastic_seed": seed, "backend": backend}
+        _, new = attnres.phase_2(
+            partial, query, rows(5, size, seed=3).to(delta.dtype), rows(5), EPS, delta=delta, **options
+        )
+        with torch.no_grad():
+            prefix, blocks = partial.clone(), stored(rows(5, 2, size), storage)
+            attnres.attn_res_step(prefix, delta, blocks, None, query, None, 1, 1, EPS, EPS, **options)
+        found.append(new.to(FP32))
+        assert torch.equal(prefix.to(FP32), new.to(FP32))
+        assert torch.equal(blocks[:, 1].to(FP32), new.to(FP32))
+    expected = [
+        value.to(FP32) for value in (_drawn(partial.to(FP32) + delta.float(), storage, seed) for seed in (7, 2**40 + 7))
+    ]
+    for value, wanted in zip(found, 2 * expected, strict=True):
+        assert torch.equal(value, wanted)
+    assert not torch.equal(*expected)
+
+
+def _drawn(exact: Tensor, storage: str, seed: int) -> Tensor | ScaledTensor:
+    if storage != SCALED_FP16:
+        return rounding.stochastic(exact, DTYPE[storage], seed, rounding.PARTIAL_SUM)
+    value = ScaledTensor.from_tensor(exact)
+    return ScaledTensor(
+        rounding.stochastic(exact / value.scale[:, None], FP16, seed, rounding.PARTIAL_SUM), value.scale
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("storage", [None, SCALED_FP16])
+def test_phase_1_rounds_its_output_and_the_blocks_gradient(storage: str | None, backend: str) -> None:
+    blocks = [rows(5, 40, seed=i).bfloat16().requires_grad_() for i in range(3)]
+    queries, upstream = rows(3, 40, seed=5), rows(3, 5, 40, seed=6)
+    arguments = {"block_representations": [b.detach() for b in blocks], "pseudo_queries": queries, "eps": EPS}
+    references = oracle.reference("phase1", arguments, {"out": upstream.bfloat16()})
+    nearest = attnres.phase_1(blocks, queries, EPS, storage=storage, backend=backend)[0].detach()
+    drawn = []
+    for seed in (1, 2, 1):
+        out, _ = attnres.phase_1(blocks, queries, EPS, storage=storage, stochastic_seed=seed, backend=backend)
+        for block in blocks:
+            block.grad = None
+        (out if storage is None else out.stand_in).backward(upstream.bfloat16())
+        grads = [block.grad for block in blocks]
+        assert numerics.judge_reference(out.detach(), references["out"], True).ok
+        assert numerics.judge_reference(grads, references["d_block_representations"], True).ok
+        drawn.append((out.detach().to(FP32), torch.stack(grads)))
+    assert all(torch.equal(a, b) for a, b in zip(drawn[0], drawn[2], strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(drawn[0], drawn[1], strict=True))
+    assert not torch.equal(drawn[0][0], nearest.to(FP32))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_that_are_added_to_are_rounded_stochastically(backend: str) -> None:
+    """phase1_bwd's `accumulate`: the sum with what is there is rounded once."""
+    sources, queries = [rows(5, 40, seed=i).bfloat16() for i in range(3)], rows(2, 40, seed=4)
+    d_out = rows(2, 5, 40, seed=5).bfloat16()
+    statistics = rows(2, 5), torch.zeros(2, 3, 5), torch.zeros(3, 5)
+    out = torch.zeros(2, 5, 40)
+    backends.launcher("phase1_fwd", backend)(sources, queries, None, EPS, 1.0, out, *statistics)
+    had = [rows(5, 40, seed=10 + i).bfloat16() for i in range(3)]
+    given = (d_out, None, sources, queries, None, EPS, 1.0, *statistics)
+    run, d_queries = backends.launcher("phase1_bwd", backend), torch.zeros(2, 40)
+    alone, summed = [torch.zeros(5, 40) for _ in had], [value.clone() for value in had]
+    run(*given, alone, False, d_queries, None)
+    run(*given, summed, True, d_queries, None, seed=3)
+    for i, (found, share, before) in enumerate(zip(summed, alone, had, strict=True)):
+        exact = share.double() + before.double()
+        assert numerics.judge(found, exact, kind="gradient", plain32=exact.float(), stochastic=True).ok
+        drawn = rounding.stochastic(exact.float(), BF16, 3, rounding.D_SOURCES, i * 5)
+        assert (found == drawn).float().mean() > 0.99  # but for where float32 sums differ in their last bit
+
+
+def test_the_mean_over_seeds_is_the_float32_result() -> None:
+    """Of a bf16 partial sum: within the statistical error, where rounding to nearest is off by half of it."""
+    partial, delta = rows(4, 64).bfloat16(), rows(4, 64, seed=1).bfloat16() / 256
+    exact = partial.double() + delta.double()
+    given = (torch.zeros(64), partial, torch.zeros(4), EPS)
+    seeds = 300
+    total = torch.zeros_like(exact)
+    for seed in range(seeds):
+        total += attnres.phase_2(partial, *given, delta=delta, stochastic_seed=seed)[1].double()
+    low, high = (numerics._neighbour(exact, BF16, up) for up in (False, True))
+    deviation = ((exact - low) * (high - exact) / seeds).sqrt()
+    assert ((total / seeds - exact).abs() <= 5 * deviation + 1e-12).all()
+    nearest = attnres.phase_2(partial, *given, delta=delta)[1].double()
+    assert (nearest - exact).norm() > 4 * (total / seeds - exact).norm()
+
+
+def test_drift_of_a_partial_sum_of_200_addends() -> None:
+    """Against float64, addends of a quarter of bf16's step: to nearest loses them for good, stochastic keeps them on average."""
+    start, addends = 1 + rows(16, 64).abs() / 4, (0.002 + 0.001 * rows(200, 16, 64, seed=1)).bfloat16()
+    exact = start.bfloat16().double() + addends.double().sum(0)
+    query, lse, inter = torch.zeros(64), torch.zeros(16), start.bfloat16()
+
+    def error(storage: str, seed: int | None = None) -> float:
+        total: Any = stored(start.bfloat16(), storage)
+        for i, addend in enumerate(addends):
+            options = {"stochastic_seed": None if seed is None else seed + i, "backend": "torch"}
+            _, total = attnres.phase_2(total, query, inter, lse, EPS, delta=addend, **options)
+        return float((total.to(torch.float64) - exact).norm() / exact.norm())
+
+    nearest, random = error("bfloat16"), error("bfloat16", seed=1000)
+    scaled, scaled_random, single = error(SCALED_FP16), error(SCALED_FP16, seed=2000), error("float32")
+    print(
+        {
+            "bf16": nearest,
+            "bf16 stochastic": random,
+            "scaled": scaled,
+            "scaled stochastic": scaled_random,
+            "fp32": single,
+        }
+    )
+    assert random < nearest / 4
+    assert scaled < random / 4
+    assert scaled_random < random / 4
+    assert single < 1e-6
+
+
+@pytest.mark.parametrize("storage", ["bfloat16", SCALED_FP16])
+def test_checked_mode_takes_stochastic_rounding_and_catches_a_third_number(
+    storage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    partial, delta, query = stored(rows(5, 40), storage), rows(5, 40, seed=1).bfloat16(), rows(40)
+    blocks = stored(rows(5, 2, 40, seed=4), storage)
+
+    def calls() -> None:
+        given = {"delta": delta, "stochastic_seed": 3}
+        out, _ = attnres.phase_1([partial, partial], query[None], EPS, stochastic_seed=5)
+        attnres.phase_2(partial, query, out[0], torch.zeros(5), EPS, **given)
+
+    def step() -> None:
+        given = partial.clone(), delta, blocks.clone(), None, query, None, 1, 1, EPS, EPS
+        attnres.attn_res_step(*given, stochastic_seed=3)
+
+    with attnres.checked("full"):
+        calls()
+        step()
+    original = rounding.stochastic
+
+    def beside(*arguments: Any) -> Tensor:
+        value = original(*arguments)
+        value.view(torch.int16)[1, 2] += 2
+        return value
+
+    monkeypatch.setattr(rounding, "stochastic", beside)
+    with attnres.checked("full"), pytest.raises(attnres.NumericsError, match=r"phase1.*out"):
+        attnres.phase_1([partial], query[None], EPS, stochastic_seed=5)
+    with attnres.checked("full"), pytest.raises(attnres.NumericsError, match=r"step.*prefix"):
+        step()
+
+
+def test_compiled_graphs_round_stochastically() -> None:
+    def merge(seed: int, partial: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        query, lse = torch.zeros(24), torch.zeros(4)
+        return attnres.phase_2(partial, query, partial, lse, EPS, delta=delta, stochastic_seed=seed, out_dtype=FP32)
+
+    compiled = torch.compile(merge, fullgraph=True, backend="aot_eager")
+    given = rows(4, 24).bfloat16(), rows(4, 24, seed=1).bfloat16()
+    for seed in (3, 4, 5):
+        for eager, found in zip(merge(seed, *given), compiled(seed, *given), strict=True):
+            assert torch.equal(eager, found)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("storage", ["bfloat16", "float16", SCALED_FP16])
+def test_torch_and_triton_draw_the_same_sums_on_the_gpu(storage: str, ran: list[tuple[str, str]]) -> None:
+    for tokens, size in ((7, 7186), (1000, 2048)):
+        partial = stored(rows(tokens, size).cuda(), storage)
+        delta = rows(tokens, size, seed=1).cuda().to(FP16 if storage == "float16" else BF16)
+        query, lse, inter = torch.zeros(size, device="cuda"), torch.zeros(tokens, device="cuda"), delta.clone()
+        found = []
+        for backend in ("torch", "triton", "auto"):
+            options = {"stochastic_seed": 2**41 + 3, "backend": backend}
+            _, new = attnres.phase_2(partial, query, inter, lse, EPS, delta=delta, **options)
+            prefix, blocks = partial.clone(), stored(torch.zeros(tokens, 2, size, device="cuda"), storage)
+            attnres.attn_res_step(prefix, delta, blocks, None, query, None, 1, 1, EPS, EPS, **options)
+            found += [new.to(FP32), prefix.to(FP32), blocks[:, 1].to(FP32)]
+        assert all(torch.equal(value, found[0]) for value in found)
+    assert ran[-1] == ("serve_step", "triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("storage", [None, SCALED_FP16])
+def test_phase_1_on_the_gpu(storage: str | None) -> None:
+    for shape in (Shape(7, 7186, 3, 5), Shape(1000, 2048, 4, 8)):
+        case = inputs.make_case("phase1", shape, dtype="bf16", device="cuda")
+        with attnres.checked("full"), attnres.use_backend("triton"):
+            blocks = [block.requires_grad_() for block in case.arguments.pop("block_representations")]
+            given = {"storage": storage, "stochastic_seed": 12}
+            out, lse = attnres.phase_1(blocks, **case.arguments, **given)
+            (out.to(FP32).square().sum() + lse.sum()).backward()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", ["mix", "phase1", "phase2"])
+def test_float32_outputs_on_the_gpu(op: str) -> None:
+    for shape in (Shape(1, 384, 2, 3), Shape(257, 2304, 9, 12)):
+        case = inputs.make_case(op, shape, dtype="fp16" if op == "mix" else "bf16/fp32", device="cuda")
+        function = {"mix": attnres.attn_res, "phase1": attnres.phase_1, "phase2": attnres.phase_2}[op]
+        with attnres.checked("full"), attnres.use_backend("triton"):
+            out = function(**case.arguments, out_dtype=FP32)
+        assert (out if isinstance(out, Tensor) else out[0]).dtype == FP32
+
+
+def test_backends_are_told_what_a_call_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[backends.Spec] = []
+    original = backends.choose
+    monkeypatch.setattr(backends, "choose", lambda spec, request: asked.append(spec) or original(spec, request))
+    value = rows(3, 8).bfloat16()
+    attnres.attn_res(S[0], [value, value])
+    attnres.attn_res(S[0], [value, value], out_dtype=FP32)
+    attnres.attn_res(S[0], [ScaledTensor.from_tensor(value)])
+    attnres.phase_1([value], S, EPS, storage=SCALED_FP16)
+    attnres.phase_1([value], S, EPS, stochastic_seed=1)
+    found = [spec.features for spec in asked]
+    mixed, scaled = "mixed storage dtypes", "scaled fp16"
+    assert found == [(), (mixed,), (mixed, scaled), (mixed, scaled), ("stochastic rounding",)]
