@@ -30,6 +30,7 @@ from cutlass.pipeline import PipelineState
 
 from cute_kernels.config import PRODUCER_REGISTERS
 from cute_kernels.config_mix_bwd import BackwardOperands, MixBwdConfig
+from cute_kernels.device.cluster import sync_cluster
 from cute_kernels.device.mix import TYPES, Scalars
 from cute_kernels.device.mix_ring import RingKernel, RowReader
 from cute_kernels.device.mma import ptx, store_cluster
@@ -172,9 +173,7 @@ class MixBwdKernel(RingKernel):
 
     def sync_cluster(self) -> None:
         if self.cluster > 1:
-            cute.arch.sync_warp()
-            cute.arch.cluster_arrive()
-            cute.arch.cluster_wait()
+            sync_cluster(self.cluster)
 
     def sync_consumers(self) -> None:
         cute.arch.barrier(barrier_id=NamedBarrier.CTA, number_of_threads=self.tile.consumer_warps * LANES)
@@ -407,8 +406,8 @@ class MixBwdKernel(RingKernel):
 
 
 class RingClusterExchange:
-    """GroupExchange over the group's warps in every CTA of a cluster, as often as there are tokens: each warp sends its values to
-    each CTA, where an mbarrier counts their bytes.
+    """GroupExchange over the group's warps in every CTA of a cluster: each warp sends its values to each CTA, where an mbarrier
+    counts their bytes. (rows.ClusterExchange is for a CTA's only token: no buffers in turn, no phases.)
 
     Two buffers in turn: a warp sends to buffer b again only after a wait for sums that its peers sent after their reads of b.
     """
