@@ -331,7 +331,7 @@ def test_a_run_keeps_going_past_what_fails(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(plots, "write", lambda data, folder: [])
     console = Console(width=200, record=True, quiet=False)
     path = results.path_in(tmp_path, "NVIDIA H200")
-    suite = run.Suite(torch.device("cpu"), chosen, path, 3, console)
+    suite = run.Suite(torch.device("cpu"), chosen, path, 3, 60.0, console)
     decode = replace(small(named("decode step T16 D7168 L9")), headline=True)
     assert run._measure(suite, [SMALL[0], SMALL[2], decode], quick=True) == 0
     found = json.loads(path.read_text())
