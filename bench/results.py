@@ -174,13 +174,17 @@ def _best(case: dict[str, Any], names: list[str]) -> int | None:
 def notes(results: Results) -> list[str]:
     """What is not in the tables: providers that are missing, and results that failed or are out of budget."""
     found = [f"{name}: {reason}" for name, reason in results.get("missing", {}).items()]
+    skipped: dict[tuple[str, str], int] = {}
     for case in results["cases"]:
         for name, result in case["results"].items():
-            if "status" in result and not result["status"].startswith("not supported"):
-                found.append(f"{case['name']}, {name}: {result['status']}")
+            status = result.get("status", "")
+            if status.startswith("skipped"):
+                skipped[name, status] = skipped.get((name, status), 0) + 1
+            elif status and not status.startswith("not supported"):
+                found.append(f"{case['name']}, {name}: {status}")
             if name.startswith("ours") and not result.get("within_budget", True):
                 found.append(f"{case['name']}, {name}: {result['checked']} is outside its error budget")
-    return found
+    return found + [f"{name}: {count} cases {status}" for (name, status), count in skipped.items()]
 
 
 def print_tables(results: Results, console: Console) -> None:
