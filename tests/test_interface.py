@@ -5,6 +5,7 @@ import inspect
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 import attnres
 from attnres import backend as backends
-from attnres import checked_mode, inputs, numerics, oracle, report
+from attnres import checked_mode, dtypes, inputs, numerics, oracle, report
 from attnres.inputs import Shape
 
 OPS = ("mix", "phase1", "phase2", "step")
@@ -567,3 +568,8 @@ def test_phase_1_with_one_unused_output(keep: str) -> None:
     getattr(oracle.phase1(*exact, 1e-6), keep).sum().backward()
     for found, expected in zip((blocks, queries), exact, strict=True):
         torch.testing.assert_close(found.grad.double(), expected.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_the_readme_shows_the_table_of_dtypes() -> None:
+    readme = Path(__file__).parent.parent / "README.md"
+    assert dtypes.markdown() in readme.read_text()
