@@ -112,7 +112,7 @@ def other_bytes(columns: int, num_sources: int, tile: RingTile, cluster: int, ou
     return (
         table_bytes(num_sources + 1, tile.producer_warps)
         + exchange_bytes(num_sources, tile.warps * cluster, tile.groups)
-        + 16 * tile.groups * (cluster > 1)
+        + 16 * (1 + tile.groups * (cluster > 1))  # mbarriers
         + tile.pitch(columns) * 4 * output_norm
     )
 

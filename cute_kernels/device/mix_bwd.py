@@ -124,6 +124,7 @@ class MixBwdKernel(RingKernel):
             consumer_warps=tile.warps,
         )
         table = RowTable.allocate(smem, config.rows_per_token, tile.producer_warps)
+        finished = smem.allocate_array(Int64, 1)  # mbarrier of all consumers
         s_partials, arrived, s_weight = None, None, None
         if const_expr(config.exchange_warps > 1):
             # (LANES * depth, warps of all CTAs, 2, groups)
@@ -137,8 +138,7 @@ class MixBwdKernel(RingKernel):
             producer = warp - tile.consumer_warps
             with cute.arch.elect_one():
                 rings.init_barriers(producer, tile.producer_warps)
-                if const_expr(self.cluster > 1):
-                    self.init_exchange(arrived, producer)
+                self.init_barriers(finished, arrived, producer)
             publish_barriers(tile.threads)
             self.sync_cluster()
             if const_expr(tile.consumer_registers > 0):
@@ -163,7 +163,7 @@ class MixBwdKernel(RingKernel):
             self.sync_cluster()
             if const_expr(tile.consumer_registers > 0):
                 cute.arch.setmaxregister_increase(tile.consumer_registers)
-            self.consume(tid, warp, rank, rings, s_partials, arrived, s_weight, own, scalars)
+            self.consume(tid, warp, rank, rings, s_partials, arrived, finished, s_weight, own, scalars)
         # No CTA may leave while another can still write to its shared memory.
         self.sync_cluster()
 
@@ -179,10 +179,12 @@ class MixBwdKernel(RingKernel):
         cute.arch.barrier(barrier_id=NamedBarrier.CTA, number_of_threads=self.tile.consumer_warps * LANES)
 
     @cute.jit
-    def init_exchange(self, arrived: cute.Pointer, producer: Int32):
+    def init_barriers(self, finished: cute.Pointer, arrived: cute.Pointer | None, producer: Int32):
         if producer == 0:
-            for i in cutlass.range_constexpr(self.tile.groups * 2):
-                cute.arch.mbarrier_init(arrived + i, 1)
+            cute.arch.mbarrier_init(finished, self.tile.consumer_warps * LANES)
+            if const_expr(self.cluster > 1):
+                for i in cutlass.range_constexpr(self.tile.groups * 2):
+                    cute.arch.mbarrier_init(arrived + i, 1)
 
     def turns(self) -> tuple[Int32, Int32]:
         """The CTAs of a cluster take the same tokens, a part of their columns each."""
@@ -205,7 +207,17 @@ class MixBwdKernel(RingKernel):
 
     @cute.jit
     def consume(
-        self, tid, warp, rank, rings, s_partials, arrived, s_weight, operands: BackwardOperands, scalars: Scalars
+        self,
+        tid,
+        warp,
+        rank,
+        rings,
+        s_partials,
+        arrived,
+        finished,
+        s_weight,
+        operands: BackwardOperands,
+        scalars: Scalars,
     ):
         """The gradients of one group's tokens: group, group + groups, ... of this CTA's; then the sums over all tokens."""
         config, tile = self.config, self.tile
@@ -229,9 +241,9 @@ class MixBwdKernel(RingKernel):
                 i, first, exchange, parts, r_statistics, r_u, r_du, r_d_weight, s_weight, operands, scalars
             )
             turn = exchange.turn
-        self.store_sum(group, rings, row_tile, r_du, operands.sums, 0)
+        self.store_sum(group, rings, finished, row_tile, r_du, operands.sums, 0)
         if const_expr(config.output_weight is not None):
-            self.store_sum(group, rings, row_tile, r_d_weight, operands.sums, 1)
+            self.store_sum(group, rings, finished, row_tile, r_d_weight, operands.sums, 1)
 
     def exchange(self, s_partials, arrived, group: Int32, warp: Int32, lane: Int32, rank: Int32, turn: Int32):
         warps = self.tile.warps
@@ -380,6 +392,7 @@ class MixBwdKernel(RingKernel):
         self,
         group: Int32,
         rings: RowRings,
+        finished: cute.Pointer,
         row_tile: RowTile,
         r_sum: cute.Tensor,
         address: Int64,
@@ -389,10 +402,10 @@ class MixBwdKernel(RingKernel):
         pitch, rows, slots, groups = rings.s_rows.shape
         memory = cute.recast_ptr(rings.s_rows.iterator, dtype=Float32)
         s_sums = cute.make_tensor(memory, cute.make_layout((pitch, groups), stride=(1, pitch * rows * slots // 2)))
-        self.sync_consumers()  # other warps of the group may still read their parts of its last rows
+        await_all(finished, 0)  # other warps of the group may still read their parts of its last rows
         if group > 0:
             cute.autovec_copy(r_sum, row_tile.view(s_sums[None, group]))
-        self.sync_consumers()
+        await_all(finished, 1)
         if group == 0:
             cluster, _ = self.turns()
             count = 1 if const_expr(self.config.output_weight is None) else 2
@@ -403,6 +416,12 @@ class MixBwdKernel(RingKernel):
                     more = load_vector(row_tile.view(s_sums[None, other]), v)
                     total = [a + b for a, b in zip(total, more, strict=True)]
                 row_tile.store_vector(pack(total, Float32), g_row, v)
+
+
+def await_all(barrier: cute.Pointer, phase: int) -> None:
+    """By every consumer thread: until all of them are here. racecheck follows it, where it loses named barriers of some warps."""
+    cute.arch.mbarrier_arrive(barrier)
+    cute.arch.mbarrier_wait(barrier, phase)
 
 
 class RingClusterExchange:

@@ -223,11 +223,11 @@ class Phase2BwdKernel:
             first, second = pairs.pair(held, exchange.lane)
             (gradient_difference, h_difference), (gradient_h, square) = pairs.spread([first]), pairs.spread([second])
             output_rstd = reciprocal_root(square * Float32(1.0 / self.config.hidden_size) + scalars.output_eps)
-            output_radial = (
-                output_rstd * output_rstd * output_rstd * gradient_h * Float32(1.0 / self.config.hidden_size)
-            )
-            # <dh, x - inter_out>, with dh = output_rstd * d_hat - output_radial * h
-            product = output_rstd * gradient_difference - output_radial * h_difference
+            # dh = output_rstd * (d_hat - ratio * h). Where a few channels make most of every sum, two nearly equal terms are
+            # subtracted: by one common ratio, not by rstd and rstd^3, whose own errors would be what is left.
+            ratio = gradient_h / (square + Float32(self.config.hidden_size) * scalars.output_eps)
+            output_radial = output_rstd * ratio
+            product = output_rstd * (gradient_difference - ratio * h_difference)
         else:
             (product,) = exchange.sum([warp_sum(totals[0])])
         z = share * rest * product
