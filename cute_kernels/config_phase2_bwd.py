@@ -21,8 +21,12 @@ class Phase2BwdOperands(NamedTuple):
     d_out: Any = 0  # [T, D]
     partial: Any = 0  # [T, D]
     partial_stride: Any = 0
+    partial_scale: Any = 0  # [T] fp32
+    partial_scale_stride: Any = 0
     inter_out: Any = 0  # [T, D]
     inter_out_stride: Any = 0
+    inter_scale: Any = 0  # [T] fp32
+    inter_scale_stride: Any = 0
     d_new_partial: Any = 0  # [T, D]
     d_new_partial_stride: Any = 0
     query: Any = 0  # [D]
@@ -41,7 +45,11 @@ class Phase2BwdOperands(NamedTuple):
 class Phase2BwdConfig:
     """Static configuration; its repr is the key of the disk cache. dtypes as in config.RowConfig."""
 
-    dtype: str
+    dtype: str  # of the gradients
+    partial: str
+    partial_scaled: bool
+    inter_out: str
+    inter_scaled: bool
     hidden_size: int
     query: str
     key_weight: str | None
@@ -50,6 +58,10 @@ class Phase2BwdConfig:
     warps: int  # that share a token
     groups: int  # of so many warps in a CTA
     stages: int  # tokens of a group that are in flight or being worked on
+
+    @property
+    def scaled(self) -> bool:
+        return self.partial_scaled or self.inter_scaled
 
     @property
     def rows(self) -> int:
@@ -100,10 +112,19 @@ def phase2_bwd_config(
     key_weight: torch.dtype | None = None,
     output_weight: torch.dtype | None = None,
     *,
+    partial: torch.dtype | None = None,
+    inter_out: torch.dtype | None = None,
+    partial_scaled: bool = False,
+    inter_scaled: bool = False,
     new_partial: bool = False,
 ) -> Phase2BwdConfig:
+    """partial and inter_out: their dtypes, where they are not the gradients'."""
     return Phase2BwdConfig(
         DTYPES[dtype],
+        DTYPES[partial or dtype],
+        partial_scaled,
+        DTYPES[inter_out or dtype],
+        inter_scaled,
         hidden_size,
         PARAMETER_DTYPES[query],
         None if key_weight is None else PARAMETER_DTYPES[key_weight],
@@ -126,3 +147,9 @@ def phase2_bwd_configs() -> Iterator[tuple[str, Callable[[Any], Any], Any]]:
     yield "phase2_bwd", build, phase2_bwd_config(fp16, 7176, fp32, fp32, fp32)
     yield "phase2_bwd", build, phase2_bwd_config(fp16, 384, fp32, None, fp16)
     yield "phase2_bwd", build, phase2_bwd_config(bf16, 8, bf16)
+    scaled = {"inter_out": fp16, "inter_scaled": True}
+    for hidden_size in (2048, 4096, 7168):
+        yield "phase2_bwd", build, phase2_bwd_config(bf16, hidden_size, bf16, None, bf16, new_partial=True, **scaled)
+    both = {"partial": fp16, "partial_scaled": True, "new_partial": True, **scaled}
+    yield "phase2_bwd", build, phase2_bwd_config(bf16, 8192, fp32, fp32, fp32, **both)
+    yield "phase2_bwd", build, phase2_bwd_config(bf16, 7176, fp32, **both)

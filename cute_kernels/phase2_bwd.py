@@ -27,7 +27,7 @@ def build(config: Phase2BwdConfig) -> Any:
 
 
 @functools.cache
-def kernel_for(*shape: Any, **flags: bool) -> Any:
+def kernel_for(*shape: Any, **flags: Any) -> Any:
     """The compiled kernel for `phase2_bwd_config(*shape, **flags)`."""
     return build(phase2_bwd_config(*shape, **flags))
 
@@ -52,11 +52,15 @@ def phase2_bwd(
     d_query: torch.Tensor,  # [D]
     d_key_weight: torch.Tensor | None,  # [D]
     d_output_weight: torch.Tensor | None,  # [D]
+    *,
+    partial_scale: torch.Tensor | None = None,  # [T] fp32
+    inter_scale: torch.Tensor | None = None,  # [T] fp32
 ) -> None:
     """Fills d_partial, d_inter_out, d_inter_lse, d_query, and d_key_weight, d_output_weight if given.
 
-    eps went into rstd in the forward. d_new_partial may be d_partial itself: a row is read before it is written. Tensors are bf16
-    or fp16, parameters bf16, fp16 or fp32; rows start at multiples of 16 bytes. Moves 5 T D elements, 6 T D with d_new_partial.
+    eps went into rstd in the forward. d_new_partial may be d_partial itself: a row is read before it is written. Gradients have
+    one dtype, bf16 or fp16; partial and inter_out are bf16 or fp16, each on its own, fp16 where they have scales; parameters are
+    bf16, fp16 or fp32; rows start at multiples of 16 bytes. Moves 5 T D elements, 6 T D with d_new_partial.
     Deterministic.
     """
     tokens, hidden_size = d_out.shape
@@ -66,6 +70,10 @@ def phase2_bwd(
         query.dtype,
         dtype_of(key_weight),
         dtype_of(output_weight),
+        partial=partial.dtype,
+        inter_out=inter_out.dtype,
+        partial_scaled=partial_scale is not None,
+        inter_scaled=inter_scale is not None,
         new_partial=d_new_partial is not None,
     )
     grid = min(tokens, sm_count(d_out.device))
@@ -76,8 +84,12 @@ def phase2_bwd(
         d_out=d_out.data_ptr(),
         partial=partial.data_ptr(),
         partial_stride=partial.stride(0),
+        partial_scale=address(partial_scale),
+        partial_scale_stride=0 if partial_scale is None else partial_scale.stride(0),
         inter_out=inter_out.data_ptr(),
         inter_out_stride=inter_out.stride(0),
+        inter_scale=address(inter_scale),
+        inter_scale_stride=0 if inter_scale is None else inter_scale.stride(0),
         d_new_partial=address(d_new_partial),
         d_new_partial_stride=0 if d_new_partial is None else d_new_partial.stride(0),
         query=address(keys[0]),

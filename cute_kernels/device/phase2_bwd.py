@@ -8,6 +8,9 @@ Groups of warps take a CTA's tokens in turn. A thread copies its own vectors of 
 alone reads them, so that no barrier is needed but the one in which a token's sums are exchanged. With an output norm, too, one
 exchange is enough: <dh, x - inter_out> follows from products of d_out * w_o, x - inter_out and h, as accurately as from dh itself.
 du and d_w_o stay in registers over all tokens. Deterministic: every sum has a fixed order.
+
+Rows of scaled fp16 (values * scale, scale a power of two for each row) may be of any magnitude, whose squares leave fp32's range.
+Such a token is worked on in its unit, the larger of its scales or one: x, inter_out and h are divided by it, exactly.
 """
 
 from typing import NamedTuple
@@ -22,6 +25,7 @@ from cutlass.memory import SmemAllocator
 from cute_kernels.config_phase2_bwd import Phase2BwdConfig, Phase2BwdOperands
 from cute_kernels.device.mix import TYPES
 from cute_kernels.device.pipelines import global_row
+from cute_kernels.device.rounding import inverse
 from cute_kernels.device.rows import (
     LANES,
     VECTOR,
@@ -33,6 +37,7 @@ from cute_kernels.device.rows import (
     select,
     sigmoids,
     store_scalar,
+    strided_fp32,
     unpack,
     vector_fp32,
     warp_sum,
@@ -55,22 +60,32 @@ class Statistics(NamedTuple):
     logit: Float32
     rstd: Float32
     inter_lse: Float32
+    partial_scale: Float32  # of the row's values; 1 where rows have none
+    inter_scale: Float32
+
+    def unit(self) -> Float32:
+        return cute.arch.fmax(cute.arch.fmax(self.partial_scale, self.inter_scale), 1.0)
 
 
 class Gradient(NamedTuple):
-    """The factors with which a token's rows enter its gradients."""
+    """The factors with which a token's rows, in its unit, enter its gradients."""
 
+    down_partial: Float32  # from values of x to x
+    down_inter: Float32
     share: Float32  # p
     rest: Float32  # 1 - p
-    key: Float32  # g
+    key: Float32  # g, of u
+    du: Float32  # g * unit, of x
     radial: Float32  # of -x, from the RMSNorm of the key
-    output_rstd: Float32 | None  # of h
+    output_rstd: Float32 | None  # of d_out * w_o
     output_radial: Float32 | None  # of -h, from the output norm
+    normalise: Float32 | None  # from h to h_hat
 
 
 class Phase2BwdKernel:
     def __init__(self, config: Phase2BwdConfig):
         self.config, self.dtype = config, TYPES[config.dtype]
+        self.types = [TYPES[kind] for kind in (config.dtype, config.partial, config.inter_out, config.dtype)]  # of rows
         self.norm = config.output_weight is not None
 
     @cute.jit
@@ -191,21 +206,41 @@ class Phase2BwdKernel:
         """Of the token, or of the last one where it lies beyond."""
         token = cutlass.min(token, scalars.tokens - 1)
         addresses = (operands.logit, operands.rstd, operands.inter_lse)
-        return Statistics(*[vector_fp32(address, scalars.tokens)[token] for address in addresses])
+        saved = [vector_fp32(address, scalars.tokens)[token] for address in addresses]
+        partial_scale, inter_scale = Float32(1.0), Float32(1.0)
+        if self.config.partial_scaled:
+            partial_scale = strided_fp32(operands.partial_scale, operands.partial_scale_stride, token)
+        if self.config.inter_scaled:
+            inter_scale = strided_fp32(operands.inter_scale, operands.inter_scale_stride, token)
+        return Statistics(*saved, partial_scale, inter_scale)
 
     def vector(self, s_rows: cute.Tensor, row: int, v: int, part: RowTile) -> list[Float32]:
         """Vector v of a row as fp32."""
-        r_vector = cute.make_rmem_tensor((VECTOR, 1), self.dtype)
-        cute.autovec_copy(part.view(s_rows[None, row])[None, v], r_vector[None, 0])
+        r_vector = cute.make_rmem_tensor((VECTOR, 1), self.types[row])
+        s_row = cute.recast_tensor(s_rows[None, row], self.types[row])
+        cute.autovec_copy(part.view(s_row)[None, v], r_vector[None, 0])
         return unpack(r_vector, 0)
+
+    def vectors(self, s_rows: cute.Tensor, v: int, part: RowTile, down_partial, down_inter) -> list[list[Float32]]:
+        """Vector v of d_out, and of x and inter_out in the token's unit."""
+        d_out, x, inter = (self.vector(s_rows, row, v, part) for row in (D_OUT, PARTIAL, INTER_OUT))
+        if self.config.scaled:
+            x, inter = [a * down_partial for a in x], [a * down_inter for a in inter]
+        return [d_out, x, inter]
 
     def reduce(self, token, s_rows, statistics, exchange: GroupExchange, r_weight, part, operands, scalars) -> Gradient:
         """The token's sums and what follows from them."""
+        one_over_d = Float32(1.0 / self.config.hidden_size)
         share, rest = sigmoids(statistics.logit - statistics.inter_lse)
+        unit, down = Float32(1.0), Float32(1.0)
+        if self.config.scaled:
+            unit = statistics.unit()
+            down = inverse(unit)
+        down_partial, down_inter = statistics.partial_scale * down, statistics.inter_scale * down
         count = 4 if self.norm else 1
         sums = [[Float32(0.0)] * 2 for _ in range(count)]
         for v in range(part.vectors):
-            d_out, x, inter = (self.vector(s_rows, row, v, part) for row in (D_OUT, PARTIAL, INTER_OUT))
+            d_out, x, inter = self.vectors(s_rows, v, part, down_partial, down_inter)
             for e in range(VECTOR):
                 difference = x[e] - inter[e]
                 factors = [(d_out[e], difference)]
@@ -216,49 +251,56 @@ class Phase2BwdKernel:
                 for accumulators, (a, b) in zip(sums, factors, strict=True):
                     accumulators[e % 2] = accumulators[e % 2] + a * b
         totals = [a + b for a, b in sums]
-        output_rstd, output_radial = None, None
+        output_rstd, output_radial, normalise = None, None, None
         if self.norm:
             pairs = RowSums(2)
             (held,) = exchange.sum(pairs.reduce(totals[:2], totals[2:], exchange.lane))
             first, second = pairs.pair(held, exchange.lane)
             (gradient_difference, h_difference), (gradient_h, square) = pairs.spread([first]), pairs.spread([second])
-            output_rstd = reciprocal_root(square * Float32(1.0 / self.config.hidden_size) + scalars.output_eps)
+            eps = scalars.output_eps * (down * down)
+            normalise = reciprocal_root(square * one_over_d + eps)
+            output_rstd = normalise * down
             # dh = output_rstd * (d_hat - ratio * h). Where a few channels make most of every sum, two nearly equal terms are
             # subtracted: by one common ratio, not by rstd and rstd^3, whose own errors would be what is left.
-            ratio = gradient_h / (square + Float32(self.config.hidden_size) * scalars.output_eps)
+            ratio = gradient_h / (square + Float32(self.config.hidden_size) * eps)
             output_radial = output_rstd * ratio
-            product = output_rstd * (gradient_difference - ratio * h_difference)
+            product = normalise * (gradient_difference - ratio * h_difference)
         else:
             (product,) = exchange.sum([warp_sum(totals[0])])
+            product = product * unit
         z = share * rest * product
         store_scalar(operands.d_inter_lse, -z, token, exchange, scalars.tokens)
-        rstd = statistics.rstd
-        radial = rstd * rstd * statistics.logit * z * Float32(1.0 / self.config.hidden_size)
-        return Gradient(share, rest, scalars.scale * (rstd * z), radial, output_rstd, output_radial)
+        rstd = statistics.rstd * unit  # of x in the token's unit: fp32 has no square of a large row's own
+        radial = statistics.rstd * (rstd * statistics.logit * z * one_over_d)
+        key = scalars.scale * (statistics.rstd * z)
+        du = scalars.scale * (rstd * z)
+        return Gradient(
+            down_partial, down_inter, share, rest, key, du, radial, output_rstd, output_radial, normalise
+        )
 
     def write(self, token, s_rows, gradient: Gradient, r_u, r_du, r_weight, r_d_weight, part, operands) -> None:
         """The token's gradients, and its part of those of the parameters."""
         size = self.config.hidden_size
         g_d_partial = global_row(self.dtype, operands.d_partial, size, token, size)
         g_d_inter_out = global_row(self.dtype, operands.d_inter_out, size, token, size)
-        share, rest, key, radial, output_rstd, output_radial = gradient
+        share, rest = gradient.share, gradient.rest
         for v in range(part.vectors):
             # Without it the compiler reads vectors ahead, or keeps those of the first pass, as fp32, and spills.
             cute.arch.sync_warp()
-            d_h, x, inter = (self.vector(s_rows, row, v, part) for row in (D_OUT, PARTIAL, INTER_OUT))
+            d_h, x, inter = self.vectors(s_rows, v, part, gradient.down_partial, gradient.down_inter)
             if self.norm:
                 for e in range(VECTOR):
                     h = inter[e] + share * (x[e] - inter[e])
-                    r_d_weight[e, v] = r_d_weight[e, v] + d_h[e] * (output_rstd * h)
-                    d_h[e] = output_rstd * (d_h[e] * r_weight[e, v]) - output_radial * h
+                    r_d_weight[e, v] = r_d_weight[e, v] + d_h[e] * (gradient.normalise * h)
+                    d_h[e] = gradient.output_rstd * (d_h[e] * r_weight[e, v]) - gradient.output_radial * h
             part.store_vector(pack([rest * d_h[e] for e in range(VECTOR)], self.dtype), g_d_inter_out, v)
-            d_x = [share * d_h[e] + (key * r_u[e, v] - radial * x[e]) for e in range(VECTOR)]
+            d_x = [share * d_h[e] + (gradient.key * r_u[e, v] - gradient.radial * x[e]) for e in range(VECTOR)]
             if self.config.new_partial:
                 d_new = self.vector(s_rows, D_NEW_PARTIAL, v, part)
                 d_x = [a + b for a, b in zip(d_x, d_new, strict=True)]
             part.store_vector(pack(d_x, self.dtype), g_d_partial, v)
             for e in range(VECTOR):
-                r_du[e, v] = r_du[e, v] + key * x[e]
+                r_du[e, v] = r_du[e, v] + gradient.du * x[e]
 
     @cute.jit
     def combine(

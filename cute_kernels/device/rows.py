@@ -375,6 +375,11 @@ def vector_fp32(address: Int64, length: Int32) -> cute.Tensor:
     )
 
 
+def strided_fp32(address: Int64, stride: Int64, i: Int32) -> Float32:
+    """Element i of a vector of that stride."""
+    return vector_fp32(address + Int64(i) * (stride * 4), Int32(1))[0]
+
+
 @cute.jit
 def store_scalar(address: Int64, value: Float32, token: Int32, exchange: GroupExchange, tokens: Int32) -> None:
     """One number per token, by one thread of the group."""
