@@ -51,6 +51,8 @@ class BackwardOperands(NamedTuple):
     lse: Any  # [T] fp32
     d_sources: list[Any]  # L of [T, D]
     d_strides: list[Any]  # elements from one token to the next
+    scales: list[Any]  # L of [T] fp32; empty where the sources have none
+    scale_strides: list[Any]
     sums: Any  # [clusters, 1 or 2, D] fp32: du, and the output weight's gradient, of a cluster's tokens
 
 
@@ -64,6 +66,7 @@ class MixBwdConfig:
     query: str
     key_weight: str | None
     output_weight: str | None
+    scaled: bool  # the sources are scaled fp16; dtype is that of the gradients
     tile: RingTile
     cluster: int  # CTAs that share a token, a part of its columns each
 
@@ -178,13 +181,14 @@ def mix_bwd_config(
     query: torch.dtype,
     key_weight: torch.dtype | None = None,
     output_weight: torch.dtype | None = None,
+    scaled: bool = False,
 ) -> MixBwdConfig:
     """Of a shape that `refusal` accepts."""
     names = PARAMETER_DTYPES | {None: None}
     choice = mix_bwd_tile(hidden_size, num_sources, output_weight is not None)
     assert choice is not None
     return MixBwdConfig(
-        DTYPES[dtype], hidden_size, num_sources, names[query], names[key_weight], names[output_weight], *choice
+        DTYPES[dtype], hidden_size, num_sources, names[query], names[key_weight], names[output_weight], scaled, *choice
     )
 
 
@@ -208,5 +212,9 @@ def mix_bwd_configs() -> Iterator[tuple[str, Any, MixBwdConfig]]:
         (bf16, 8192, 17, fp32, fp32, fp32),
         (fp16, 1000, 9, fp32, fp32, fp32),
         (bf16, 8, 1, bf16),
+        (bf16, 7168, 9, bf16, None, bf16, True),
+        (bf16, 4096, 5, bf16, None, None, True),
+        (bf16, 2048, 17, bf16, bf16, bf16, True),
+        (fp16, 2304, 32, fp32, fp32, fp32, True),
     ):
         yield "mix_bwd", build, mix_bwd_config(*shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ def build(config: MixBwdConfig) -> Any:
     from cute_kernels.device.mix_bwd import MixBwdKernel
 
     rows, gradients = [Int64(0)] * config.rows_per_token, [Int64(0)] * config.num_sources
-    operands = BackwardOperands(*[Int64(0)] * 6, gradients, gradients, Int64(0))
+    scales = gradients if config.scaled else []
+    operands = BackwardOperands(*[Int64(0)] * 6, gradients, gradients, scales, scales, Int64(0))
     numbers = (Int32(1), Float32(1.0), Float32(1.0), Int32(1))
     return compile_kernel(MixBwdKernel(config), rows, rows, operands, *numbers, make_fake_stream())
 
@@ -50,16 +52,25 @@ def mix_bwd(
     d_query: torch.Tensor,  # [D]
     d_key_weight: torch.Tensor | None,  # [D]
     d_output_weight: torch.Tensor | None,  # [D], wanted exactly when output_weight is given
+    *,
+    source_scales: Sequence[torch.Tensor] | None = None,  # L of [T] fp32
 ) -> None:
     """Fills d_sources, d_query, d_key_weight and d_output_weight.
 
-    d_out and sources are bf16 or fp16, parameters bf16, fp16 or fp32; rows start at multiples of 16 bytes. Moves (2 L + 1) T D
-    elements: `mixed` is not read, because the mix is made again from rows that are in shared memory anyway. Deterministic.
+    d_out, d_sources and sources are all bf16 or all fp16; sources with scales are fp16 beside either. Parameters are bf16, fp16 or
+    fp32; rows start at multiples of 16 bytes. Moves (2 L + 1) T D elements: `mixed` is not read, because the mix is made again from
+    rows that are in shared memory anyway. Deterministic.
     """
     tokens, hidden_size = d_out.shape
     query, key_weight, output_weight = aligned(query), aligned(key_weight), aligned(output_weight)
     kernel, cluster = kernel_for(
-        d_out.dtype, hidden_size, len(sources), query.dtype, dtype_of(key_weight), dtype_of(output_weight)
+        d_out.dtype,
+        hidden_size,
+        len(sources),
+        query.dtype,
+        dtype_of(key_weight),
+        dtype_of(output_weight),
+        source_scales is not None,
     )
     clusters = min(tokens, sm_count(d_out.device) // cluster)
     rows_of_sums = 1 if output_weight is None else 2
@@ -74,6 +85,8 @@ def mix_bwd(
         lse=lse.data_ptr(),
         d_sources=[d_source.data_ptr() for d_source in d_sources],
         d_strides=[d_source.stride(0) for d_source in d_sources],
+        scales=[row_scale.data_ptr() for row_scale in source_scales or ()],
+        scale_strides=[row_scale.stride(0) for row_scale in source_scales or ()],
         sums=sums.data_ptr(),
     )
     kernel(

@@ -16,6 +16,10 @@ memory until the last pass over them:
     pass 3   dv_i, straight to device memory; du, in registers over all tokens of the CTA; the slots go back to the producer
 
 Deterministic: every sum has a fixed order.
+
+Sources of scaled fp16 (values * s_i, s_i a power of two for each row) may be of any magnitude, whose squares leave fp32's range. A
+token is worked on in its unit, the largest of its scales or one: what sources, m, b_i, e_i are divided by, exactly. The passes
+multiply values; scales enter by the factors of a source alone.
 """
 
 from collections.abc import Iterator
@@ -24,7 +28,7 @@ from typing import NamedTuple
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64, const_expr
+from cutlass import Float16, Float32, Int32, Int64, const_expr
 from cutlass.memory import SmemAllocator
 from cutlass.pipeline import PipelineState
 
@@ -43,6 +47,7 @@ from cute_kernels.device.pipelines import (
     global_row,
     publish_barriers,
 )
+from cute_kernels.device.rounding import inverse
 from cute_kernels.device.rows import (
     LANES,
     VECTOR,
@@ -54,9 +59,11 @@ from cute_kernels.device.rows import (
     pack,
     reciprocal_root,
     select,
+    strided_fp32,
     tree,
     unpack,
     vector_fp32,
+    warp_max,
     warp_sum,
 )
 
@@ -70,6 +77,8 @@ class Part(NamedTuple):
     sources: range
     sums: RowSums
     source: Int32  # the one that this lane owns, or -1
+    scales: Int64 | None  # of scaled fp16: where that source's scales are, and elements from one token to the next
+    scale_stride: Int64 | None
 
     def spread(self, numbers: list[Float32], i: int) -> Float32:
         """The number of the part's source i, from its owner to every lane."""
@@ -80,6 +89,7 @@ class MixBwdKernel(RingKernel):
     def __init__(self, config: MixBwdConfig):
         super().__init__(config)
         self.cluster = config.cluster
+        self.source_type = Float16 if config.scaled else self.dtype
 
     @property
     def columns(self) -> int:
@@ -228,8 +238,8 @@ class MixBwdKernel(RingKernel):
         r_du, r_d_weight = row_tile.fragment(Float32), row_tile.fragment(Float32)
         r_du.fill(0.0)
         r_d_weight.fill(0.0)
-        parts = self.parts(lane)
-        r_statistics = cute.make_rmem_tensor((2 * len(parts) + 1,), Float32)
+        parts = self.parts(lane, operands)
+        r_statistics = cute.make_rmem_tensor(((2 + config.scaled) * len(parts) + 1,), Float32)
         self.load_statistics(r_statistics, parts, operands, scalars, group)
         count = self.token_count(scalars)
         state = consumer_state(tile.slots)
@@ -251,22 +261,31 @@ class MixBwdKernel(RingKernel):
             return GroupExchange(s_partials, group, warp, lane, warps, turn)
         return RingClusterExchange(s_partials, arrived, group, warp, lane, warps, rank, turn)
 
-    def parts(self, lane: Int32) -> list[Part]:
+    def parts(self, lane: Int32, operands: BackwardOperands) -> list[Part]:
         parts = []
         for index, sources in enumerate(self.config.parts):
             sums = RowSums(len(sources))
             (row,) = sums.rows_of(lane)
-            parts.append(Part(index, sources, sums, select(row >= 0, row + sources.start, row)))
+            source = select(row >= 0, row + sources.start, row)
+            scales = stride = None
+            if self.config.scaled:
+                scales, stride = operands.scales[sources.start], operands.scale_strides[sources.start]
+                for i in sources[1:]:
+                    scales = select(source == i, operands.scales[i], scales)
+                    stride = select(source == i, operands.scale_strides[i], stride)
+            parts.append(Part(index, sources, sums, source, scales, stride))
         return parts
 
     def load_statistics(self, r_statistics, parts: list[Part], operands, scalars: Scalars, turn: Int32) -> None:
-        """logit and rstd of this lane's sources, and lse, of the group's token at `turn`, or of the last token."""
+        """logit, rstd and scale of this lane's sources, and lse, of the group's token at `turn`, or of the last token."""
         tokens = scalars.tokens
         token = cutlass.min(self.token(turn), tokens - 1)
         for k, part in enumerate(parts):
             row = Int64(cutlass.max(part.source, 0)) * tokens * 4
-            r_statistics[2 * k] = vector_fp32(operands.logits + row, tokens)[token]
-            r_statistics[2 * k + 1] = vector_fp32(operands.rstd + row, tokens)[token]
+            r_statistics[k] = vector_fp32(operands.logits + row, tokens)[token]
+            r_statistics[len(parts) + k] = vector_fp32(operands.rstd + row, tokens)[token]
+            if self.config.scaled:
+                r_statistics[2 * len(parts) + 1 + k] = strided_fp32(part.scales, part.scale_stride, token)
         r_statistics[2 * len(parts)] = vector_fp32(operands.lse, tokens)[token]
 
     def mix_gradient(
@@ -277,50 +296,69 @@ class MixBwdKernel(RingKernel):
         Returns where the next token begins in the ring.
         """
         start = arriving.state.clone()
-        statistics = [r_statistics[k] for k in range(2 * len(parts) + 1)]
-        logits, rstd, lse = statistics[:-1:2], statistics[1::2], statistics[-1]
+        statistics = [r_statistics[k] for k in range(cute.size(r_statistics))]
+        count = len(parts)
+        logits, rstd, lse, scales = statistics[:count], statistics[count : 2 * count], statistics[2 * count], None
         # Scalars of sources are lists with a number for each part, in the lane that owns the source; zero in the others.
         p = [
             select(part.source >= 0, exp_difference(logit, lse), Float32(0.0))
             for part, logit in zip(parts, logits, strict=True)
         ]
+        unit, down, shares = Float32(1.0), None, p
+        if self.config.scaled:
+            scales = [
+                select(part.source >= 0, scale, Float32(0.0))
+                for part, scale in zip(parts, statistics[2 * count + 1 :], strict=True)
+            ]
+            unit = cute.arch.fmax(warp_max(tree(cute.arch.fmax, scales)), 1.0)
+            down = [scale * inverse(unit) for scale in scales]
+            shares = multiply(p, down)
         one_over_d = Float32(1.0 / self.config.hidden_size)
         if s_weight is None:
             d_mix = unpack_row(arriving.next())
             b = exchange.sum(self.products(arriving, parts, d_mix, exchange.lane))
             last = another_pass(arriving, start, keep=False)
             last.skip()
+            b = multiply(b, scales)
             (b_mean,) = weighted_means(p, b)
             h = [p_k * (b_k - b_mean) for p_k, b_k in zip(p, b, strict=True)]
         else:
             s_part = arriving.part.view(s_weight)
             x = self.weighted_gradient(arriving, s_part)
             mix = [[Float32(0.0)] * VECTOR for _ in x]
-            b = self.products(arriving, parts, x, exchange.lane, p, mix)
+            b = self.products(arriving, parts, x, exchange.lane, shares, mix)
             again = another_pass(arriving, start, keep=True)
             again.skip()
             e = self.products(again, parts, mix, exchange.lane)
             totals = exchange.sum([select(exchange.lane < LANES // 2, b_k, e_k) for b_k, e_k in zip(b, e, strict=True)])
             pairs = [part.sums.pair(total, exchange.lane) for part, total in zip(parts, totals, strict=True)]
-            b, e = ([pair[k] for pair in pairs] for k in range(2))
+            b, e = (multiply([pair[k] for pair in pairs], down) for k in range(2))
             b_mean, e_mean = weighted_means(p, b, e)
-            output_rstd = reciprocal_root(cute.arch.fmax(e_mean, 0.0) * one_over_d + scalars.output_eps)
+            eps = scalars.output_eps
+            if self.config.scaled:
+                eps = eps * inverse(unit) * inverse(unit)
+            output_rstd = reciprocal_root(cute.arch.fmax(e_mean, 0.0) * one_over_d + eps)  # of m in the token's unit
             c = output_rstd * output_rstd * b_mean * one_over_d
             h = [
                 p_k * (output_rstd * ((b_k - b_mean) - c * (e_k - e_mean)))
                 for p_k, b_k, e_k in zip(p, b, e, strict=True)
             ]
             last = another_pass(arriving, start, keep=False)
-            d_mix = self.norm_gradient(last, s_part, mix, output_rstd, c, r_d_weight)
+            d_mix = self.norm_gradient(last, s_part, mix, output_rstd, c, unit, r_d_weight)
         # Their sum is zero; what rounding leaves of it would add a multiple of m to du, and where the sources are nearly the same
         # the rest of du is small beside m.
         (rest,) = weighted_means([Float32(1.0)] * len(h), h)
         h = [h_k - p_k * rest for p_k, h_k in zip(p, h, strict=True)]
         g = [scalars.scale * (rstd_k * h_k) for rstd_k, h_k in zip(rstd, h, strict=True)]
-        pull = [rstd_k * rstd_k * logit * h_k * one_over_d for rstd_k, logit, h_k in zip(rstd, logits, h, strict=True)]
+        values_rstd = multiply(rstd, scales)  # not rstd^2 of scaled sources: fp32 has no square of a large row's
+        pull = [
+            values_rstd_k * rstd_k * logit * h_k * one_over_d
+            for values_rstd_k, rstd_k, logit, h_k in zip(values_rstd, rstd, logits, h, strict=True)
+        ]
+        factors = [p, pull, g] if scales is None else [p, pull, g, multiply(g, scales)]
         # Now, to be there for the next token; sooner they would take registers from the passes before.
         self.load_statistics(r_statistics, parts, operands, scalars, turn + self.tile.groups)
-        self.store_gradients(self.token(turn), last, parts, (p, g, pull), d_mix, r_u, r_du, operands)
+        self.store_gradients(self.token(turn), last, parts, factors, d_mix, r_u, r_du, operands)
         return last.state
 
     def products(
@@ -339,7 +377,7 @@ class MixBwdKernel(RingKernel):
             # Two accumulators keep a lone warp's FMA pipe busy; as a pair they cost the reduction nothing more.
             sums = [Float32(0.0)] * 2
             for v, vector in enumerate(x):
-                row = unpack(r_row, v)
+                row = self.source_vector(r_row, v)
                 for k in range(VECTOR):
                     sums[k % 2] = sums[k % 2] + vector[k] * row[k]
                     if share is not None:
@@ -352,6 +390,10 @@ class MixBwdKernel(RingKernel):
                 even, odd = [], []
         return products
 
+    def source_vector(self, r_row: cute.Tensor, v: int) -> list[Float32]:
+        """Vector v of a source's row, of scaled fp16 its values."""
+        return unpack(cute.recast_tensor(r_row, self.source_type), v)
+
     def weighted_gradient(self, rows: RowReader, s_part) -> Vectors:
         """d_out * w_out."""
         r_d_out, x = rows.next(), []
@@ -359,15 +401,16 @@ class MixBwdKernel(RingKernel):
             x.append([d * w for d, w in zip(unpack(r_d_out, v), load_vector(s_part, v), strict=True)])
         return x
 
-    def norm_gradient(self, last: RowReader, s_part, mix: Vectors, output_rstd, c, r_d_weight) -> Vectors:
-        """dm; adds d_out * rstd_o m to the output weight's gradient."""
+    def norm_gradient(self, last: RowReader, s_part, mix: Vectors, output_rstd, c, unit, r_d_weight) -> Vectors:
+        """dm; adds d_out * rstd_o m to the output weight's gradient. output_rstd, c and the mix are in the token's unit."""
         r_d_out = last.next()
+        down_rstd = output_rstd * inverse(unit) if self.config.scaled else output_rstd
         d_mix = []
         for v, vector in enumerate(mix):
             d_out, weight = unpack(r_d_out, v), load_vector(s_part, v)
             for k in range(VECTOR):
                 r_d_weight[k, v] = r_d_weight[k, v] + d_out[k] * (vector[k] * output_rstd)
-            d_mix.append([output_rstd * (d_out[k] * weight[k] - c * vector[k]) for k in range(VECTOR)])
+            d_mix.append([down_rstd * (d_out[k] * weight[k] - c * vector[k]) for k in range(VECTOR)])
         return d_mix
 
     def store_gradients(self, token, rows: RowReader, parts, factors, d_mix: Vectors, r_u, r_du, operands) -> None:
@@ -375,16 +418,17 @@ class MixBwdKernel(RingKernel):
         first_column = self.rank() * self.columns
         for part, i, r_row in one_ahead(rows, parts):
             source = part.sources[i]
-            p, g, pull = (part.spread(factor, i) for factor in factors)
+            p, pull, g, *scaled_g = (part.spread(factor, i) for factor in factors)
+            values_g = scaled_g[0] if scaled_g else g
             # Were they known to be the same for all rows, the addresses of all rows would be computed ahead, and spill.
             row, column = opaque(token), opaque(first_column)
             address = operands.d_sources[source] + Int64(column) * (self.dtype.width // 8)
             g_row = global_row(self.dtype, address, operands.d_strides[source], row, self.columns)
             for v, vector in enumerate(d_mix):
-                source_row, gradient = unpack(r_row, v), []
+                source_row, gradient = self.source_vector(r_row, v), []
                 for k in range(VECTOR):
                     gradient.append(p * vector[k] + (g * r_u[k, v] - pull * source_row[k]))
-                    r_du[k, v] = r_du[k, v] + g * source_row[k]
+                    r_du[k, v] = r_du[k, v] + values_g * source_row[k]
                 row_tile.store_vector(pack(gradient, self.dtype), g_row, v)
 
     @cute.jit
@@ -515,6 +559,10 @@ def load_vector(s_part: cute.Tensor, v: int) -> list[Float32]:
     r_vector = cute.make_rmem_tensor((VECTOR,), Float32)
     cute.autovec_copy(s_part[None, v], r_vector)
     return [r_vector[k] for k in range(VECTOR)]
+
+
+def multiply(numbers: list[Float32], factors: list[Float32] | None) -> list[Float32]:
+    return numbers if factors is None else [a * b for a, b in zip(numbers, factors, strict=True)]
 
 
 def weighted_means(p: list[Float32], *numbers: list[Float32]) -> list[Float32]:

@@ -274,9 +274,7 @@ class Phase2BwdKernel:
         radial = statistics.rstd * (rstd * statistics.logit * z * one_over_d)
         key = scalars.scale * (statistics.rstd * z)
         du = scalars.scale * (rstd * z)
-        return Gradient(
-            down_partial, down_inter, share, rest, key, du, radial, output_rstd, output_radial, normalise
-        )
+        return Gradient(down_partial, down_inter, share, rest, key, du, radial, output_rstd, output_radial, normalise)
 
     def write(self, token, s_rows, gradient: Gradient, r_u, r_du, r_weight, r_d_weight, part, operands) -> None:
         """The token's gradients, and its part of those of the parameters."""

@@ -119,6 +119,13 @@ def select(condition: Boolean, a: Item, b: Item) -> Item:
     return type(a)(cutlass.select_(condition, a, b))
 
 
+def warp_max(value: Float32) -> Float32:
+    """The largest over the warp, in every lane."""
+    for offset in (16, 8, 4, 2, 1):
+        value = cute.arch.fmax(value, cute.arch.shuffle_sync_bfly(value, offset=offset))
+    return value
+
+
 def warp_sum(value: Float32) -> Float32:
     """The sum over the warp, in every lane."""
     for offset in (16, 8, 4, 2, 1):
