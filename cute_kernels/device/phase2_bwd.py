@@ -10,7 +10,7 @@ exchange is enough: <dh, x - inter_out> follows from products of d_out * w_o, x 
 du and d_w_o stay in registers over all tokens. Deterministic: every sum has a fixed order.
 
 Rows of scaled fp16 (values * scale, scale a power of two for each row) may be of any magnitude, whose squares leave fp32's range.
-Such a token is worked on in its unit, the larger of its scales or one: x, inter_out and h are divided by it, exactly.
+The merge of such a token is worked on in its unit, the larger of its scales or one: x, inter_out and h are divided by it, exactly.
 """
 
 from typing import NamedTuple
@@ -68,14 +68,14 @@ class Statistics(NamedTuple):
 
 
 class Gradient(NamedTuple):
-    """The factors with which a token's rows, in its unit, enter its gradients."""
+    """The factors with which a token's rows, as stored, enter its gradients."""
 
-    down_partial: Float32  # from values of x to x
+    down_partial: Float32  # from values of x to x in the token's unit
     down_inter: Float32
     share: Float32  # p
     rest: Float32  # 1 - p
     key: Float32  # g, of u
-    du: Float32  # g * unit, of x
+    du: Float32  # g, of x
     radial: Float32  # of -x, from the RMSNorm of the key
     output_rstd: Float32 | None  # of d_out * w_o
     output_radial: Float32 | None  # of -h, from the output norm
@@ -221,12 +221,9 @@ class Phase2BwdKernel:
         cute.autovec_copy(part.view(s_row)[None, v], r_vector[None, 0])
         return unpack(r_vector, 0)
 
-    def vectors(self, s_rows: cute.Tensor, v: int, part: RowTile, down_partial, down_inter) -> list[list[Float32]]:
-        """Vector v of d_out, and of x and inter_out in the token's unit."""
-        d_out, x, inter = (self.vector(s_rows, row, v, part) for row in (D_OUT, PARTIAL, INTER_OUT))
-        if self.config.scaled:
-            x, inter = [a * down_partial for a in x], [a * down_inter for a in inter]
-        return [d_out, x, inter]
+    def in_unit(self, values: list[Float32], down: Float32) -> list[Float32]:
+        """A vector of x or inter_out in the token's unit."""
+        return [value * down for value in values] if self.config.scaled else values
 
     def reduce(self, token, s_rows, statistics, exchange: GroupExchange, r_weight, part, operands, scalars) -> Gradient:
         """The token's sums and what follows from them."""
@@ -240,7 +237,8 @@ class Phase2BwdKernel:
         count = 4 if self.norm else 1
         sums = [[Float32(0.0)] * 2 for _ in range(count)]
         for v in range(part.vectors):
-            d_out, x, inter = self.vectors(s_rows, v, part, down_partial, down_inter)
+            d_out, x, inter = (self.vector(s_rows, row, v, part) for row in (D_OUT, PARTIAL, INTER_OUT))
+            x, inter = self.in_unit(x, down_partial), self.in_unit(inter, down_inter)
             for e in range(VECTOR):
                 difference = x[e] - inter[e]
                 factors = [(d_out[e], difference)]
@@ -270,7 +268,7 @@ class Phase2BwdKernel:
             product = product * unit
         z = share * rest * product
         store_scalar(operands.d_inter_lse, -z, token, exchange, scalars.tokens)
-        rstd = statistics.rstd * unit  # of x in the token's unit: fp32 has no square of a large row's own
+        rstd = statistics.rstd * statistics.partial_scale  # of the values; fp32 has no square of a large row's own
         radial = statistics.rstd * (rstd * statistics.logit * z * one_over_d)
         key = scalars.scale * (statistics.rstd * z)
         du = scalars.scale * (rstd * z)
@@ -285,10 +283,11 @@ class Phase2BwdKernel:
         for v in range(part.vectors):
             # Without it the compiler reads vectors ahead, or keeps those of the first pass, as fp32, and spills.
             cute.arch.sync_warp()
-            d_h, x, inter = self.vectors(s_rows, v, part, gradient.down_partial, gradient.down_inter)
+            d_h, x, inter = (self.vector(s_rows, row, v, part) for row in (D_OUT, PARTIAL, INTER_OUT))
             if self.norm:
+                inter, own = self.in_unit(inter, gradient.down_inter), self.in_unit(x, gradient.down_partial)
                 for e in range(VECTOR):
-                    h = inter[e] + share * (x[e] - inter[e])
+                    h = inter[e] + share * (own[e] - inter[e])
                     r_d_weight[e, v] = r_d_weight[e, v] + d_h[e] * (gradient.normalise * h)
                     d_h[e] = gradient.output_rstd * (d_h[e] * r_weight[e, v]) - gradient.output_radial * h
             part.store_vector(pack([rest * d_h[e] for e in range(VECTOR)], self.dtype), g_d_inter_out, v)
