@@ -24,6 +24,7 @@ from torch import Tensor
 from attnres.inputs import Shape
 from bench.ops import Case, make_inputs
 from bench.providers import PROVIDERS, Unsupported
+from bench.timing import OutOfTime, limit
 
 _SMALL: dict[str, Any] = {"tokens": 16, "hidden_size": 2048, "sources": 5}  # the device is done before the host
 SMALL_CASES = {
@@ -47,7 +48,8 @@ def host_costs(names: list[str]) -> dict[str, dict[str, float]]:
         if label == WITH_GRADIENT:
             made.arguments.update({name: _leaf(value) for name, value in made.arguments.items()})
         for name in names:
-            with contextlib.suppress(Unsupported, Exception):  # the cases have reported it
+            # the cases have reported what cannot run
+            with contextlib.suppress(Unsupported, Exception, OutOfTime), limit(_FIRST_CALL_TIMEOUT):
                 found.setdefault(label, {})[name] = _host_microseconds(PROVIDERS[name].bind(case, made))
     return found
 

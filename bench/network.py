@@ -1,8 +1,8 @@
 """Whole networks and the serving block: `python -m bench.network --out bench/results`. Needs a GPU.
 
 Time and peak memory of a chain of layers with Block AttnRes, forward (without gradient) and forward with backward, and of one block
-of sites as a serving model's prefill runs it. Writes network_<device>.json after every case, then a Markdown table. Exit code 1 if
-a result of ours failed, 2 without a GPU.
+of sites as a serving model's prefill runs it. Writes network_<device>.json after every case (`--resume` adds the cases it lacks),
+then a Markdown table. Exit code 1 if a result of ours failed, 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -421,6 +421,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--first-call-seconds", type=float, default=FIRST_CALL_SECONDS, help="limit of a provider's first call"
     )
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--resume", action="store_true", help="only cases that the results in --out lack")
     options = parser.parse_args(arguments)
     names = options.providers.split(";")
     unknown = [name for name in names if name not in PROVIDERS]
@@ -433,10 +434,16 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else 180)
     device = torch.device("cuda", torch.cuda.current_device())
     path = results.path_in(options.out, torch.cuda.get_device_name(), "network")
-    data: dict[str, Any] = {"metadata": results.metadata(device), "cases": []}
+    metadata = results.metadata(device)
+    try:
+        before = results.resumed(path, metadata) if options.resume else None
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    data: results.Results = before or {"metadata": metadata, "cases": []}
+    done = {entry["name"] for entry in data["cases"]}
     status = 0
     for case in CASES:
-        if options.cases not in case.name:
+        if options.cases not in case.name or case.name in done:
             continue
         entry = measure(case, names, device, options)
         data["cases"].append(entry)

@@ -71,6 +71,26 @@ def _output(*command: str) -> str:
         return ""
 
 
+CONDITIONS = ("device", "driver", "kernel sources", "torch", "triton", "nvidia-cutlass-dsl", "providers")
+
+
+def resumed(path: Path, now: dict[str, Any]) -> Results | None:
+    """The results at `path` to go on with, None where there are none. Raises ValueError where their conditions were others."""
+    if not path.exists():
+        return None
+    data: Results = json.loads(path.read_text())
+    other = [name for name in CONDITIONS if data["metadata"].get(name) != now.get(name)]
+    if other:
+        raise ValueError(f"{path} was measured with another {', '.join(other)}: start anew, without --resume")
+    return data
+
+
+def finished(case: dict[str, Any]) -> bool:
+    """Whether every provider had its turn."""
+    statuses = [found.get("status", "") for found in case["results"].values()]
+    return "copy" in case and not any(status.startswith("skipped") for status in statuses)
+
+
 def entry(case: Case) -> dict[str, Any]:
     """A case without results yet."""
     return {

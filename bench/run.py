@@ -1,7 +1,7 @@
 """The benchmark suite: `python -m bench.run --out bench/results`. Needs a GPU.
 
-Writes bench_<device>.json after every case (a run that is stopped keeps what it had), then plots and a Markdown table. Exit code 1
-if a case or a result of ours failed, 2 without a GPU.
+Writes bench_<device>.json after every case (a run that is stopped keeps what it had, and `--resume` goes on with it), then plots
+and a Markdown table. Exit code 1 if a case or a result of ours failed, 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ BURST_SECONDS = 0.01
 ROUNDS = 7
 QUICK_ROUNDS = 3
 FEW_JOBS = 12  # not worth starting processes for
+_PLACES = {case.name: place for place, case in enumerate(CASES)}
 
 
 class Suite:
@@ -41,10 +42,18 @@ class Suite:
         rounds: int,
         peer_seconds: float,
         console: Console,
+        resume: bool = False,
     ):
         self.device, self.peer_seconds = device, peer_seconds
         self.path, self.rounds, self.console = path, rounds, console
-        self.data: dict[str, Any] = {"metadata": results.metadata(self.device), "missing": {}, "cases": []}
+        metadata = results.metadata(self.device)
+        before = results.resumed(path, metadata) if resume else None
+        self.data: results.Results = before or {"metadata": metadata, "cases": []}
+        if before is not None:
+            self.data["cases"] = [case for case in before["cases"] if results.finished(case)]
+            self.data["metadata"].setdefault("resumed", []).append(
+                {"date": metadata["date"], "clocks": results.clocks()}
+            )
         reasons = {provider.name: provider.missing() for provider in providers}
         self.data["missing"] = {name: reason for name, reason in reasons.items() if reason}
         self.providers = [provider for provider in providers if reasons[provider.name] is None]
@@ -52,12 +61,17 @@ class Suite:
         self.copy = timing.copy(self.device)
         self.begun = time.monotonic()
 
+    def left(self, cases: list[Case]) -> list[Case]:
+        done = {entry["name"] for entry in self.data["cases"]}
+        return [case for case in cases if case.name not in done]
+
     def jobs(self, case: Case) -> list[Provider]:
         return [provider for provider in self.providers if provider.wants(case)]
 
     def run(self, case: Case) -> None:
         entry = results.entry(case)
         self.data["cases"].append(entry)
+        self.data["cases"].sort(key=lambda each: _PLACES.get(each["name"], len(_PLACES)))
         out_of_time = time.monotonic() - self.begun > self.peer_seconds
         sets = [make_inputs(case, self.device, seed) for seed in range(case.sets(self.l2_bytes))]
         exact = sample(case, sets[0])
@@ -80,6 +94,7 @@ class Suite:
             else:
                 entry["results"][name] |= summary
         self.save()
+        self.console.print(_line(entry), markup=False, soft_wrap=True)
 
     def _prepare(
         self, case: Case, provider: Provider, sets: list[Inputs], exact: Sample
@@ -105,7 +120,8 @@ class Suite:
         return found, timed
 
     def save(self) -> None:
-        self.data["metadata"]["seconds"] = round(time.monotonic() - self.begun)
+        this_run = self.data["metadata"].get("resumed", [self.data["metadata"]])[-1]
+        this_run["seconds"] = round(time.monotonic() - self.begun)
         results.save(self.data, self.path)
 
 
@@ -149,6 +165,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--peer-seconds", type=float, default=600.0, help="of timing, after which peers are skipped (default: 600)"
     )
+    parser.add_argument("--resume", action="store_true", help="only what the results in --out lack")
     parser.add_argument("--warm-seconds", type=float, default=110.0, help="for compiling ahead (default: 110)")
     options = parser.parse_args(arguments)
     providers = _chosen(options.providers)
@@ -163,7 +180,11 @@ def main(arguments: list[str] | None = None) -> int:
     path = results.path_in(options.out, torch.cuda.get_device_name())
     device = torch.device("cuda", torch.cuda.current_device())
     rounds = QUICK_ROUNDS if options.quick else ROUNDS
-    suite = Suite(device, providers, path, rounds, options.peer_seconds, console)
+    try:
+        suite = Suite(device, providers, path, rounds, options.peer_seconds, console, options.resume)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    cases = suite.left(cases)
     for name, reason in suite.data["missing"].items():
         console.print(f"{name}: {reason}", markup=False)
     jobs = [(case, p) for case in cases for p in suite.jobs(case) if p.name != "torch.compile"]
@@ -179,18 +200,19 @@ def _measure(suite: Suite, cases: list[Case], quick: bool) -> int:
         for case in cases:
             try:
                 suite.run(case)
-                console.print(_line(data["cases"][-1]), markup=False, soft_wrap=True)
             except Exception as error:  # of inputs or the oracle: the other cases can still run
-                data["cases"][-1]["failed"] = f"{type(error).__name__}: {error}".splitlines()[0]
-                console.print(f"{case.name}: {data['cases'][-1]['failed']}", style="red", markup=False)
+                entry = next(each for each in data["cases"] if each["name"] == case.name)
+                entry["failed"] = f"{type(error).__name__}: {error}".splitlines()[0]
+                console.print(f"{case.name}: {entry['failed']}", style="red", markup=False)
             gc.collect()
             torch.cuda.empty_cache()
             torch.cuda.synchronize()  # raises if a kernel has left the device unusable
         data["metadata"]["clocks at end"] = results.clocks()
-        if not quick:
-            names = [provider.name for provider in suite.providers]
+        names = [provider.name for provider in suite.providers]
+        if not quick and "host" not in data:
             data["host"] = host.host_costs([name for name in host.HOST_PROVIDERS if name in names])
             suite.save()
+        if not quick and "first_call" not in data:
             data["first_call"] = host.first_calls([name for name in host.FIRST_CALL_PROVIDERS if name in names])
     except (RuntimeError, KeyboardInterrupt) as error:
         status = 1

@@ -346,6 +346,19 @@ def test_a_run_keeps_going_past_what_fails(tmp_path: Path, monkeypatch: pytest.M
     assert "fails: failed: RuntimeError" in console.export_text()
     assert path.with_suffix(".md").exists()
 
+    found["cases"][0]["results"]["late"] = {"status": "skipped: time budget spent"}
+    path.write_text(json.dumps(found))
+    resumed = run.Suite(torch.device("cpu"), chosen, path, 3, 60.0, console, resume=True)
+    assert resumed.left([SMALL[0], SMALL[2], decode]) == [SMALL[0]]
+    assert run._measure(resumed, [SMALL[0]], quick=True) == 0
+    again = json.loads(path.read_text())
+    assert sorted(case["name"] for case in again["cases"]) == sorted(case["name"] for case in found["cases"])
+    assert again["metadata"]["resumed"][0]["seconds"] >= 0
+    other = {**fake()["metadata"], "l2_bytes": 1000, "kernel sources": "of another day"}
+    monkeypatch.setattr(results, "metadata", lambda device: other)
+    with pytest.raises(ValueError, match="another kernel sources"):
+        run.Suite(torch.device("cpu"), chosen, path, 3, 60.0, console, resume=True)
+
 
 def test_host_cases_are_forward() -> None:
     assert all(not case.backward for case in host.SMALL_CASES.values())
