@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,6 +24,7 @@ MAX_WARPS = 8
 # Of a consumer's 232 to 255 registers, what query fragments may take; the rest holds accumulators, weights and
 # addresses.
 QUERY_REGISTERS = 128
+MAX_WAITING = 4  # octets of queries times groups of sources with scaled output
 RUN_BYTES = 512  # shorter bulk stores lost time (measured on an H200: 256-byte rows were slower than 16-byte stores)
 # A ring holds three or four tokens (measured on an H200: more did not help), and at least this much, which hides the
 # latency of device memory.
@@ -51,6 +52,16 @@ def query_terms(dtype: str, query: str, key_weight: str | None) -> int:
         return 1
     bits = MANTISSA_BITS[query] + (MANTISSA_BITS[key_weight] if key_weight else 0)
     return 3 if dtype == "bf16" and bits > 17 else 2
+
+
+class Phase1Outputs(NamedTuple):
+    """Device addresses; 0: not wanted."""
+
+    out: Any  # [S, T, D]
+    out_scale: Any  # [S, T] fp32, of scaled fp16
+    lse: Any  # [S, T] fp32
+    logits: Any  # [S, N, T] fp32
+    rstd: Any  # [N, T] fp32
 
 
 @dataclass(frozen=True)
@@ -85,12 +96,13 @@ class Phase1Config:
     num_queries: int  # of one launch
     logits: bool
     rstd: bool
+    scaled_out: bool  # out is scaled fp16
     tile: Phase1Tile
 
     @property
     def shape(self) -> Shape:
         terms = query_terms(self.dtype, self.query, self.key_weight)
-        return Shape(self.hidden_size, self.num_sources, self.num_queries, terms)
+        return Shape(self.hidden_size, self.num_sources, self.num_queries, terms, self.scaled_out)
 
     @property
     def threads(self) -> int:
@@ -117,6 +129,7 @@ class Shape:
     num_sources: int
     num_queries: int
     terms: int  # of a query: see query_terms
+    scaled_out: bool
 
     @property
     def octets(self) -> int:
@@ -201,12 +214,22 @@ class Shape:
         sums = 4 * tile.warps * tile.cluster if tile.direct else 2 * (tile.warps + tile.cluster)
         return sums * self.partial_bytes
 
+    @property
+    def peak_bytes(self) -> int:
+        """One warp's largest magnitudes of an item's output rows."""
+        return self.out_octets * OCTET * 4 * self.scaled_out
+
+    def peaks_bytes(self, tile: Phase1Tile) -> int:
+        """Two buffers of every warp's."""
+        return 2 * tile.warps * tile.cluster * self.peak_bytes
+
     def fixed_bytes(self, tile: Phase1Tile) -> int:
-        """All but the ring: staging, third terms, buffers of sums, barriers of the longest ring."""
+        """All but the ring: staging, third terms, buffers of sums and of peaks, barriers of the longest ring."""
         return (
             tile.warps * (tile.stages * self.stage_bytes(tile) + self.third_bytes(tile))
             + self.exchange_bytes(tile)
-            + 8 * (2 * MAX_SLOTS + 4)
+            + self.peaks_bytes(tile)
+            + 8 * (2 * MAX_SLOTS + 6)
         )
 
     def shared_bytes(self, tile: Phase1Tile) -> int:
@@ -226,6 +249,7 @@ def phase1_config(
     num_queries: int,
     logits: bool = False,
     rstd: bool = False,
+    scaled_out: bool = False,
 ) -> Phase1Config:
     """The configuration of one launch. It may take fewer queries than asked for: the launcher then runs it in turn on
     each part.
@@ -236,12 +260,16 @@ def phase1_config(
     parts = [min(ceil_div(ceil_div(num_queries, n), OCTET) * OCTET, num_queries) for n in (1, 2, 4)]
     parts[0] = num_queries
     for queries, clusters in [*((part, (1, 2, 4)) for part in parts), *((part, (8,)) for part in parts)]:
-        shape = Shape(hidden_size, num_sources, queries, terms)
+        shape = Shape(hidden_size, num_sources, queries, terms, scaled_out)
+        # Weights wait for the peaks in registers.
+        if scaled_out and shape.octets * shape.groups > MAX_WAITING:
+            continue
         tiles = [tile for tile in (_tile(shape, cluster) for cluster in clusters) if tile]
         if tiles:
             # The smallest cluster, unless a larger one has a much better ring and stores.
             tile = min(tiles, key=lambda t: shortfall(shape, t) + tiles.index(t))
-            return Phase1Config(dtype, query, key_weight, hidden_size, num_sources, queries, logits, rstd, tile)
+            options = (logits, rstd, scaled_out)
+            return Phase1Config(dtype, query, key_weight, hidden_size, num_sources, queries, *options, tile)
     raise ValueError(f"no tile for hidden size {hidden_size}, {num_sources} sources, {num_queries} queries")
 
 
@@ -362,3 +390,8 @@ def phase1_configs() -> Iterator[tuple[str, Callable[[Any], Any], Phase1Config]]
     yield "phase1_fwd", build, config(2048, 1, 16, query="fp32", key_weight="fp32", logits=True, rstd=True)
     yield "phase1_fwd", build, config(4096, 12, 16)
     yield "phase1_fwd", build, config(8192, 8, 16)
+    for shape in ((2048, 4, 8), (4096, 8, 16), (2048, 8, 16), (7168, 8, 16), (7168, 8, 24)):
+        yield "phase1_fwd", build, config(*shape, scaled_out=True)
+    given: dict[str, Any] = {"query": "fp32", "logits": True, "rstd": True, "scaled_out": True}
+    yield "phase1_fwd", build, config(4096, 16, 32, dtype="fp16", **given)
+    yield "phase1_fwd", build, config(2312, 1, 16, key_weight="fp32", **given)

@@ -9,7 +9,7 @@ import torch
 
 from cute_kernels.compile import cached_kernel, compile_kernel
 from cute_kernels.config import ALIGNMENT, PARAMETER_DTYPES
-from cute_kernels.config_phase1 import Phase1Config, phase1_config
+from cute_kernels.config_phase1 import Phase1Config, Phase1Outputs, phase1_config
 from cute_kernels.mix_fwd import address, current_stream, dtype_of, mix_fwd, sm_count
 
 
@@ -21,9 +21,9 @@ def build(config: Phase1Config) -> Any:
     from cute_kernels.device.phase1 import Phase1Kernel
 
     rows = [Int64(0)] * config.num_sources
-    addresses = [Int64(0)] * 8
+    outputs = Phase1Outputs(*[Int64(0)] * len(Phase1Outputs._fields))
     numbers = (Int32(1), Float32(1.0), Float32(1.0), Int32(1))
-    return compile_kernel(Phase1Kernel(config), rows, rows, *addresses, *numbers, make_fake_stream())
+    return compile_kernel(Phase1Kernel(config), rows, rows, *[Int64(0)] * 4, outputs, *numbers, make_fake_stream())
 
 
 @functools.cache
@@ -36,6 +36,7 @@ def kernel_for(
     num_queries: int,
     logits: bool,
     rstd: bool,
+    scaled_out: bool,
 ) -> tuple[Phase1Config, Any]:
     """The next launch's configuration, and the kernel compiled for it."""
     config = phase1_config(
@@ -47,6 +48,7 @@ def kernel_for(
         num_queries=num_queries,
         logits=logits,
         rstd=rstd,
+        scaled_out=scaled_out,
     )
     return config, build(config)
 
@@ -61,15 +63,17 @@ def phase1_fwd(
     lse: torch.Tensor,  # [S, T] fp32
     logits: torch.Tensor | None,  # [S, N, T] fp32
     rstd: torch.Tensor | None,  # [N, T] fp32
+    *,
+    out_scale: torch.Tensor | None = None,  # [S, T] fp32
 ) -> None:
     """out, lse, logits = phase 1 of all queries; rstd_n = (mean(v_n^2) + eps)^(-1/2).
 
-    Sources and out are bf16 or fp16, queries and key weights bf16, fp16 or fp32; rows of sources start at multiples of
-    16 bytes.
+    Sources and out are both bf16 or both fp16 (out fp16 beside either where it has scales, which are then chosen here);
+    queries and key weights are bf16, fp16 or fp32; rows of sources start at multiples of 16 bytes.
     Moves (N + S) T D elements, when one launch takes all queries (config_phase1). Deterministic.
     """
     num_queries, tokens, hidden_size = out.shape
-    if num_queries == 1:
+    if num_queries == 1 and out_scale is None:
         # A direct mix, which the row kernel does at up to twice the speed (N = 1, D = 4096: .51 of copy bandwidth here).
         weight, row_logits = (None if tensor is None else tensor[0] for tensor in (key_weights, logits))
         mix_fwd(sources, queries[0], weight, None, eps, eps, scale, out[0], None, row_logits, rstd, lse[0], None)
@@ -83,7 +87,7 @@ def phase1_fwd(
         # The source statistics are the same for every part of the queries.
         wanted_rstd = rstd if first == 0 else None
         config, kernel = kernel_for(
-            out.dtype,
+            sources[0].dtype,
             queries.dtype,
             dtype_of(key_weights),
             hidden_size,
@@ -91,6 +95,14 @@ def phase1_fwd(
             num_queries - first,
             logits is not None,
             wanted_rstd is not None,
+            out_scale is not None,
+        )
+        outputs = Phase1Outputs(
+            out=out[first].data_ptr(),
+            out_scale=0 if out_scale is None else out_scale[first].data_ptr(),
+            lse=lse[first].data_ptr(),
+            logits=0 if logits is None else logits[first].data_ptr(),
+            rstd=address(wanted_rstd),
         )
         kernel(
             addresses,
@@ -99,10 +111,7 @@ def phase1_fwd(
             queries.stride(0),
             0 if key_weights is None else key_weights[first].data_ptr(),
             0 if key_weights is None else key_weights.stride(0),
-            out[first].data_ptr(),
-            lse[first].data_ptr(),
-            0 if logits is None else logits[first].data_ptr(),
-            address(wanted_rstd),
+            outputs,
             tokens,
             eps,
             scale,

@@ -37,7 +37,7 @@ from cute_kernels.config_mix_bwd import BackwardOperands, MixBwdConfig
 from cute_kernels.device.cluster import sync_cluster
 from cute_kernels.device.mix import TYPES, Scalars
 from cute_kernels.device.mix_ring import RingKernel, RowReader
-from cute_kernels.device.mma import ptx, store_cluster
+from cute_kernels.device.mma import opaque, store_cluster
 from cute_kernels.device.pipelines import (
     NamedBarrier,
     RowRings,
@@ -530,11 +530,6 @@ def another_pass(rows: RowReader, start: PipelineState, keep: bool) -> RowReader
     """
     state = PipelineState(start.stages, start.count, opaque(start.index), opaque(start.phase))
     return RowReader(rows.config, rows.ring, state, rows.part, keep)
-
-
-def opaque(value: Int32) -> Int32:
-    """The value, as one the compiler knows nothing of."""
-    return ptx("mov.b32 $0,$1;", [Int32], [value], effects=True)[0]
 
 
 def one_ahead(rows: RowReader, parts: list[Part]) -> Iterator[tuple[Part, int, cute.Tensor]]:

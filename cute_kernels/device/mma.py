@@ -52,6 +52,11 @@ def select(condition: Boolean, yes: Numeric, no: Numeric) -> Numeric:
     return type(yes)(cutlass.select_(condition, yes, no))
 
 
+def opaque(value: Int32) -> Int32:
+    """The value, as one the compiler knows nothing of."""
+    return ptx("mov.b32 $0,$1;", [Int32], [value], effects=True)[0]
+
+
 def _slots(first: int, count: int) -> str:
     return ",".join(f"${first + i}" for i in range(count))
 

@@ -16,13 +16,15 @@ warps; all walk the same items. Per item, a warp does
     store      rows staged in shared memory, one bulk copy for each
 
 in the order logits(k + 1), softmax(k), mix(k), exchange(k + 1), so that no warp waits for a sum that was sent just
-before. One producer thread keeps a ring of slots full: 8 row pieces each, of all columns of the CTA or of half of them
-(a *slab*).
+before. Where out is scaled fp16, a row's scale must be known before its first element is rounded: the mix is made once
+before, for the row's largest magnitude alone, which is exchanged as the logits are. One producer thread keeps a ring of
+slots full: 8 row pieces each, of all columns of the CTA or of half of them (a *slab*).
 
 Rows are read from device memory once. Deterministic: every sum has a fixed order.
 """
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import cuda.bindings.driver as cuda
@@ -38,6 +40,7 @@ from cute_kernels.config_phase1 import (
     PRODUCER_REGISTERS,
     QUERY_REGISTERS,
     Phase1Config,
+    Phase1Outputs,
 )
 from cute_kernels.device.cluster import Work, cluster_work, sync_cluster
 from cute_kernels.device.mma import (
@@ -61,6 +64,7 @@ from cute_kernels.device.mma import (
     zip_pairs,
 )
 from cute_kernels.device.pipelines import EVICT_FIRST, producer_state
+from cute_kernels.device.rounding import ZERO_PEAK, inverse, peak_of, scale_of
 from cute_kernels.device.rows import add, exp_difference, log, reciprocal_root, tree
 
 TYPES = {"bf16": BFloat16, "fp16": Float16, "fp32": Float32}
@@ -92,7 +96,10 @@ class Memory:
         self.partial = self.third + third_bytes
         # [2 buffers, CTAs of the cluster, partial_bytes], or [4 buffers, CTAs, warps, partial_bytes]
         self.reduced = self.partial + partial_bytes
-        barriers_at = ring_bytes + stage_bytes + third_bytes + shape.exchange_bytes(tile)
+        peaks_at = ring_bytes + stage_bytes + third_bytes + shape.exchange_bytes(tile)
+        # [2 buffers, CTAs of the cluster, warps, peak_bytes], where out is scaled fp16
+        self.peaks = self.ring + peaks_at
+        barriers_at = peaks_at + shape.peaks_bytes(tile)
         barriers = cute.recast_ptr(base + barriers_at, dtype=Int64)
         # [slots]: the slot's bytes have landed; every warp that reads it is done
         self.full, self.empty = barriers, barriers + tile.slots
@@ -101,6 +108,9 @@ class Memory:
         # [2 or 4 buffers]: every share of the totals is there
         self.reduced_ready = self.partial_ready + (0 if tile.direct else 2)
         self.reduced_ready_address = Int32(self.reduced_ready.toint())
+        # [2 buffers]: every warp's peaks are there
+        self.peaks_ready = self.reduced_ready + (4 if tile.direct else 2)
+        self.peaks_ready_address = Int32(self.peaks_ready.toint())
 
 
 class Lane(NamedTuple):
@@ -114,13 +124,6 @@ class Lane(NamedTuple):
     column: Int32  # first column of the warp's slice, in the whole row
     logits_rows: Int32  # address in slot 0 that this lane gives to ldmatrix
     mix_rows: Int32  # address in slot 0 of this lane's piece of row 2q
-
-
-class Outputs(NamedTuple):
-    out: Int64  # [S, T, D]
-    lse: Int64  # [S, T] fp32
-    logits: Int64  # [S, N, T] fp32, when wanted
-    rstd: Int64  # [N, T] fp32, when wanted
 
 
 class Queries(NamedTuple):
@@ -143,6 +146,7 @@ class Phase1Kernel:
     def __init__(self, config: Phase1Config):
         self.config, self.shape, self.tile = config, config.shape, config.tile
         self.dtype = TYPES[config.dtype]
+        self.out_dtype = Float16 if config.scaled_out else self.dtype
         self.warp_columns = self.tile.blocks * BLOCK
         self.slab_warps = self.tile.warps // self.tile.slabs
         # Whether the last columns of the last warps lie beyond the row's end
@@ -164,10 +168,7 @@ class Phase1Kernel:
         query_stride: Int64,
         key_weights: Int64,  # [S, D], when there are any
         key_weight_stride: Int64,
-        out: Int64,
-        lse: Int64,
-        logits: Int64,
-        rstd: Int64,
+        outputs: Phase1Outputs,
         tokens: Int32,
         eps: Float32,
         scale: Float32,
@@ -182,10 +183,7 @@ class Phase1Kernel:
             query_stride,
             key_weights,
             key_weight_stride,
-            out,
-            lse,
-            logits,
-            rstd,
+            outputs,
             tokens,
             eps,
             scale,
@@ -208,10 +206,7 @@ class Phase1Kernel:
         query_stride: Int64,
         key_weights: Int64,
         key_weight_stride: Int64,
-        out: Int64,
-        lse: Int64,
-        logits: Int64,
-        rstd: Int64,
+        outputs: Phase1Outputs,
         tokens: Int32,
         eps: Float32,
         scale: Float32,
@@ -243,7 +238,6 @@ class Phase1Kernel:
             if const_expr(self.config.producer_warps > 1):
                 cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
             work = cluster_work(tile.cluster, tokens, self.shape.tokens)
-            outputs = Outputs(out, lse, logits, rstd)
             lane = self.place(memory, work, warp, thread % LANES)
             given = self.load_queries(memory, lane, queries, query_stride, key_weights, key_weight_stride)
             self.consume(memory, work, lane, given, outputs, eps, scale)
@@ -262,6 +256,8 @@ class Phase1Kernel:
         for buffer in range(self.buffers):
             # Over a cluster, shares arrive as bytes; the one arrival announces how many.
             cute.arch.mbarrier_init(memory.reduced_ready + buffer, tile.warps * LANES if tile.cluster == 1 else 1)
+        for buffer in range(2 if self.config.scaled_out else 0):
+            cute.arch.mbarrier_init(memory.peaks_ready + buffer, tile.warps * LANES if tile.cluster == 1 else 1)
 
     @cute.jit
     def clear(self, memory: Memory, thread: Int32):
@@ -338,15 +334,32 @@ class Phase1Kernel:
     def consume(self, memory, work, lane, queries, outputs, eps: Float32, scale: Float32):
         # One turn more than there are items: each part of the code is there once, and nothing spills before the loop.
         for turn in cutlass.range(work.items + 1, unroll=1):
-            if turn < work.items:
-                self.logits(memory, work, lane, queries, turn)
-            if turn > 0:
-                weights = self.softmax(memory, work, lane, outputs, turn - 1, eps, scale)
-                self.mix(memory, work, lane, outputs, turn - 1, weights)
-                self.release(memory, lane, turn - 1)
-            if const_expr(not self.tile.direct) and turn < work.items:
-                self.exchange(memory, work, lane, turn)
+            if const_expr(self.config.scaled_out):
+                # As below, but that the peaks of item k travel while the logits of item k + 1 are made.
+                weights = self.no_weights()
+                if turn > 0:
+                    weights = self.softmax(memory, work, lane, outputs, turn - 1, eps, scale)
+                    self.send_peaks(memory, work, lane, turn - 1, weights)
+                if turn < work.items:
+                    self.logits(memory, work, lane, queries, turn)
+                    if const_expr(not self.tile.direct):
+                        self.exchange(memory, work, lane, turn)
+                if turn > 0:
+                    self.mix(memory, work, lane, outputs, turn - 1, weights)
+                    self.release(memory, lane, turn - 1)
+            else:
+                if turn < work.items:
+                    self.logits(memory, work, lane, queries, turn)
+                if turn > 0:
+                    weights = self.softmax(memory, work, lane, outputs, turn - 1, eps, scale)
+                    self.mix(memory, work, lane, outputs, turn - 1, weights)
+                    self.release(memory, lane, turn - 1)
+                if const_expr(not self.tile.direct) and turn < work.items:
+                    self.exchange(memory, work, lane, turn)
         cute.arch.cp_async_bulk_wait_group(0)
+
+    def no_weights(self) -> list[list[tuple[Pair, Pair]]]:
+        return [[(Int32(0), Int32(0))] * self.shape.groups for _ in range(self.shape.octets)]
 
     def slot(self, lane: Lane, turn: Int32, group: int) -> tuple[Int32, Int32]:
         """(slot, parity of its full barrier) of this warp's slab of a group.
@@ -475,13 +488,8 @@ class Phase1Kernel:
         if tile.cluster == 1:
             cute.arch.mbarrier_arrive(memory.reduced_ready + buffer)
 
-    @cute.jit
-    def announce_totals(self, memory: Memory, lane: Lane, buffer: Int32):
-        """The barrier's one arrival. Bytes that come before it are counted too; the phase cannot end without it."""
-        if lane.warp == 0:
-            with cute.arch.elect_one():
-                size = self.shares * self.shape.partial_bytes
-                cute.arch.mbarrier_arrive_and_expect_tx(memory.reduced_ready + buffer, size)
+    def announce_totals(self, memory: Memory, lane: Lane, buffer: Int32) -> None:
+        announce(lane, memory.reduced_ready + buffer, self.shares * self.shape.partial_bytes)
 
     def softmax(self, memory, work, lane, outputs, turn: Int32, eps, scale) -> list[list[tuple[Pair, Pair]]]:
         """Weights of an item as mma operands [octet of queries][group] (high, low); every warp computes them all.
@@ -582,7 +590,7 @@ class Phase1Kernel:
                 position = (row * tokens + in_item) + (rows * tokens + first + token)
                 store_scalar(outputs.logits + position * 4, pair[e], present)
 
-    def store_rstd(self, work: Work, lane: Lane, outputs: Outputs, item: Int32, rstd: list) -> None:
+    def store_rstd(self, work: Work, lane: Lane, outputs: Phase1Outputs, item: Int32, rstd: list) -> None:
         shape = self.shape
         chosen = (work.rank == 0) & (lane.warp == 0) & (lane.c == 0)
         tokens = Int64(work.tokens)
@@ -600,25 +608,78 @@ class Phase1Kernel:
         octets = [(token, octet) for token in range(self.shape.tokens) for octet in range(self.shape.octets)]
         return [octets[i : i + 2] for i in range(0, len(octets), 2)]
 
-    def mix(self, memory: Memory, work: Work, lane: Lane, outputs: Outputs, turn: Int32, weights: list) -> None:
+    def mix(self, memory: Memory, work: Work, lane: Lane, outputs: Phase1Outputs, turn: Int32, weights: list) -> None:
         """Output rows of an item, over the warp's columns, two octets (token, octet of queries) of them at a time."""
         shape, tile = self.shape, self.tile
-        slots = [self.slot(lane, turn, group)[0] for group in range(shape.groups)]
-        rows = [lane.mix_rows + slot * shape.slot_bytes(tile) for slot in slots]
+        rows = self.item_rows(memory, lane, turn)
+        if self.config.scaled_out:
+            cute.arch.mbarrier_wait(memory.peaks_ready + turn % 2, (turn >> 1) & 1)
         stores = 0
-        for both in self.output_pairs():
+        for place, both in enumerate(self.output_pairs()):
             operands = [self.weight_operand(lane, weights, both, group) for group in range(shape.groups)]
+            store = RowStore(self, work, lane, outputs, turn, both)
+            if self.config.scaled_out:
+                store.scale(self.item_peaks(memory, lane, turn, 2 * place, len(both)))
             for first in range(0, tile.blocks, tile.segment):
                 stage = memory.stage + (lane.warp * tile.stages + stores % tile.stages) * shape.stage_bytes(tile)
                 segment = range(first, min(first + tile.segment, tile.blocks))
                 # The store that last used this buffer has read it.
                 cute.arch.cp_async_bulk_wait_group(tile.stages - 1, read=True)
                 cute.arch.sync_warp()
-                self.mix_segment(lane, rows, operands, segment, stage, len(both))
+                self.mix_segment(lane, rows, operands, segment, stage, store)
                 cute.arch.fence_view_async_shared()
                 cute.arch.sync_warp()
                 self.store_rows(work, lane, outputs, turn, both, segment, stage)
                 stores += 1
+
+    def item_rows(self, memory: Memory, lane: Lane, turn: Int32) -> list[Int32]:
+        """This lane's piece of an item's rows 2q, for each group of sources."""
+        slots = [self.slot(lane, turn, group)[0] for group in range(self.shape.groups)]
+        return [lane.mix_rows + slot * self.shape.slot_bytes(self.tile) for slot in slots]
+
+    def send_peaks(self, memory: Memory, work: Work, lane: Lane, turn: Int32, weights: list) -> None:
+        """The largest magnitudes of an item's output rows, over the warp's columns, to every CTA: the mixes made once before.
+
+        Two buffers are enough: a warp sends peaks of item k + 2 after it has seen all of k + 1, which others sent after
+        their reads of k.
+        """
+        shape, tile = self.shape, self.tile
+        rows, buffer = self.item_rows(memory, lane, turn), turn % 2
+        if tile.cluster > 1:
+            announce(lane, memory.peaks_ready + buffer, tile.warps * tile.cluster * shape.peak_bytes)
+        own = memory.peaks + ((buffer * tile.cluster + work.rank) * tile.warps + lane.warp) * shape.peak_bytes
+        for place, both in enumerate(self.output_pairs()):
+            operands = [self.weight_operand(lane, weights, both, group) for group in range(shape.groups)]
+            peaks = [Int32(ZERO_PEAK)] * len(both)
+            for _, sums in self.block_sums(rows, operands, range(tile.blocks)):
+                for octet in range(len(both)):
+                    for values in sums:
+                        for half in range(2):
+                            peaks[octet] = cutlass.max(peaks[octet], peak_of(values[2 * octet + half]))
+            for octet, peak in enumerate(peaks):
+                for offset in (1, 2):
+                    peak = cutlass.max(peak, cute.arch.shuffle_sync_bfly(peak, offset=offset))
+                address = own + ((2 * place + octet) * OCTET + lane.c) * 4
+                if tile.cluster == 1:
+                    store_shared(address, 0, [peak], lane.q == 0)
+                else:
+                    barrier = memory.peaks_ready_address + buffer * 8
+                    for cta in range(tile.cluster):
+                        store_cluster(address, barrier, Int32(cta), [peak], lane.q == 0)
+        if tile.cluster == 1:
+            cute.arch.mbarrier_arrive(memory.peaks_ready + buffer)
+
+    def item_peaks(self, memory: Memory, lane: Lane, turn: Int32, first: int, count: int) -> list[Int32]:
+        """The largest magnitudes of row c of some octets of output rows, from every warp's."""
+        shares, size = self.tile.warps * self.tile.cluster, self.shape.peak_bytes
+        address = memory.peaks + turn % 2 * (shares * size) + lane.c * 4
+        return [
+            tree(
+                cutlass.max,
+                [load_shared(Int32, address, share * size + octet * OCTET * 4, 1)[0] for share in range(shares)],
+            )
+            for octet in range(first, first + count)
+        ]
 
     def weight_operand(self, lane: Lane, weights: list, both: list, group: int) -> tuple[Octet, Octet | None]:
         """Operand A of a mix: K 0 to 7 the high parts, K 8 to 15 the low parts of the weights of the group's rows."""
@@ -638,17 +699,15 @@ class Phase1Kernel:
             return select(lane.q == token // 2, Int32(-65536 if token % 2 else 65535), Int32(0))
         return select(lane.q // (per_token // 2) == token, Int32(-1), Int32(0))
 
-    def mix_segment(self, lane: Lane, rows: list, operands: list, segment: range, stage: Int32, octets: int) -> None:
-        """weights times rows for some blocks of columns, rounded, into the staging buffer.
+    def block_sums(self, rows: list, operands: list, blocks: range) -> Iterator[tuple[int, list[list[Float32]]]]:
+        """(block, weights times rows over its columns) for some blocks of columns.
 
         Lane (c, q) loads columns 8c to 8c + 7 of rows 2q and 2q + 1. Column e of all these pieces is one B
         operand [8 rows x 8], so mma e makes columns e, 8 + e, ..., 56 + e of the block, and the lane's results for all
         e are 16 neighbouring columns.
         """
-        shape, tile = self.shape, self.tile
-        row_bytes, stage_row = shape.row_bytes(tile), shape.stage_row_bytes(tile)
-        at = stage + lane.c * stage_row + lane.q * 32
-        steps = [(block, group) for block in segment for group in range(shape.groups)]
+        shape, row_bytes = self.shape, self.shape.row_bytes(self.tile)
+        steps = [(block, group) for block in blocks for group in range(shape.groups)]
 
         def load(block: int, group: int) -> tuple[list[Pair], list[Pair]]:
             offset = block * BLOCK * ITEM
@@ -656,26 +715,32 @@ class Phase1Kernel:
             return even, load_shared(Int32, rows[group], offset + row_bytes, 4)
 
         loaded = [load(*step) for step in steps[: self.ahead]]
+        sums: list[list[Float32] | None] = []
         for i, (block, group) in enumerate(steps):
             loaded += [load(*step) for step in steps[i + self.ahead : i + self.ahead + 1]]
             even, odd = loaded.pop(0)
             if group == 0:
-                sums: list[list[Float32] | None] = [None] * 8
-                packed: list[list[Pair]] = [[] for _ in range(4)]
+                sums = [None] * 8
             for e in range(8):
                 source = zip_pairs(even[e // 2], odd[e // 2], e % 2)
                 sums[e] = mma(self.dtype, operands[group], (source, source), sums[e])
-                if group == shape.groups - 1 and e % 2:
-                    for k in range(2 * octets):
-                        packed[k].append(pack(self.dtype, sums[e - 1][k], sums[e][k]))
             if group == shape.groups - 1:
-                for k in range(2 * octets):
-                    octet, half = k // 2, k % 2
-                    offset = octet * OCTET * stage_row + (block - segment.start) * BLOCK * ITEM + half * 16
-                    store_shared(at, offset, packed[k])
+                yield block, sums
             # Keeps the compiler from hoisting every block's loads and products, which spilled
             # (measured on an H200: 0.779 -> 0.814 of copy bandwidth).
             cute.arch.sync_warp()
+
+    def mix_segment(
+        self, lane: Lane, rows: list, operands: list, segment: range, stage: Int32, store: "RowStore"
+    ) -> None:
+        """weights times rows for some blocks of columns, rounded, into the staging buffer."""
+        stage_row = self.shape.stage_row_bytes(self.tile)
+        at = stage + lane.c * stage_row + lane.q * 32
+        for block, sums in self.block_sums(rows, operands, segment):
+            for k in range(2 * len(store.both)):
+                octet, half = k // 2, k % 2
+                offset = octet * OCTET * stage_row + (block - segment.start) * BLOCK * ITEM + half * 16
+                store_shared(at, offset, store.round([values[k] for values in sums], octet))
 
     def store_rows(self, work, lane, outputs, turn: Int32, both: list, segment: range, stage: Int32) -> None:
         """Lane l < 16 stores staged row l: query l % 8 of an octet, for one token."""
@@ -778,6 +843,42 @@ class Phase1Kernel:
         third_octet = third + (lane.lane % 8) * third_row + (lane.lane // 8) * 16
         third_pairs = third + (shape.octets % 2 * OCTET + lane.lane % 16) * third_row + (lane.lane // 16) * 16
         return Queries(operands, [inverse for _, inverse in scales], third_octet, third_pairs)
+
+
+class RowStore:
+    """How two octets of output rows, (token, octet of queries) each, are rounded."""
+
+    def __init__(self, kernel: Phase1Kernel, work: Work, lane: Lane, outputs: Phase1Outputs, turn: Int32, both: list):
+        self.kernel, self.config, self.work, self.lane, self.outputs = kernel, kernel.config, work, lane, outputs
+        self.both, self.down = both, [None] * len(both)
+        self.first = work.item(turn) * kernel.shape.tokens
+
+    def scale(self, peaks: list[Int32]) -> None:
+        """Scaled fp16: rows are divided by their scales, which one warp stores."""
+        for octet, peak in enumerate(peaks):
+            token, queries = self.both[octet]
+            scale = scale_of(peak)
+            self.down[octet] = inverse(scale)
+            chosen = (self.work.rank == 0) & (self.lane.warp == queries % self.kernel.tile.warps) & (self.lane.q == 0)
+            chosen = chosen & (queries * OCTET + self.lane.c < self.config.num_queries)
+            chosen = chosen & (self.first + token < self.work.tokens)
+            row = (queries * OCTET + self.lane.c) * Int64(self.work.tokens) + self.first + token
+            store_scalar(self.outputs.out_scale + row * 4, scale, chosen)
+
+    def round(self, values: list[Float32], octet: int) -> list[Pair]:
+        """Columns of row c, as stored."""
+        dtype, down = self.kernel.out_dtype, self.down[octet]
+        if down is not None:
+            values = [value * down for value in values]
+        return [pack(dtype, first, second) for first, second in zip(values[::2], values[1::2], strict=True)]
+
+
+@cute.jit
+def announce(lane: Lane, barrier: cute.Pointer, size: cutlass.Constexpr[int]):
+    """The barrier's one arrival. Bytes that come before it are counted too; the phase cannot end without it."""
+    if lane.warp == 0:
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive_and_expect_tx(barrier, size)
 
 
 class ChainedSum:
