@@ -18,6 +18,11 @@ ALIGNMENT = 16  # bytes: what a bulk copy and a 16-byte store need of every row'
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 PARAMETER_DTYPES = DTYPES | {torch.float32: "fp32"}
 PHASE1_OPS = ("phase1_fwd", "phase1_bwd")
+# What launches may ask for beyond one dtype of all storage tensors (dtypes.features), by op.
+FEATURES = {
+    "phase2_fwd": ("mixed storage dtypes", "scaled fp16", "stochastic rounding"),
+    "serve_step": ("stochastic rounding",),
+}
 
 LANES = 32
 VECTOR = 8  # elements of 16 bytes
@@ -79,8 +84,9 @@ def refusal(
     features: tuple[str, ...] = (),
 ) -> str | None:
     """Why the CuTe backend cannot take this call, or None. All limits are stated here."""
-    if features:
-        return f"{op} has no CuTe kernel yet for {' and '.join(features)}"
+    missing = [feature for feature in features if feature not in FEATURES.get(op, ())]
+    if missing:
+        return f"{op} has no CuTe kernel yet for {' and '.join(missing)}"
     if op in PHASE1_OPS:
         from cute_kernels.config_phase1 import phase1_refusal
         from cute_kernels.config_phase1_bwd import phase1_bwd_refusal
@@ -219,6 +225,8 @@ class Operands(NamedTuple):
     sum_stride: Any = 0
     block: Any = 0  # [T, D], rows block_stride apart: the last source
     block_stride: Any = 0
+    sum_scale: Any = 0  # [T] fp32
+    seed: Any = 0  # of the sum's rounding
 
 
 @dataclass(frozen=True)
@@ -244,6 +252,17 @@ class RowConfig:
     lse: bool
     weights: bool
     tile: RingTile | RegisterTile
+    formats: tuple[str, ...] = ()  # of a token's rows, "fp16_scaled" among them, where they are not all of `dtype`
+    sum: str = ""  # the format of the stored sum, where it is not `dtype`
+    stochastic: bool = False  # the sum is rounded stochastically
+
+    @property
+    def num_scales(self) -> int:
+        return self.formats.count("fp16_scaled")
+
+    @property
+    def scaled_sum(self) -> bool:
+        return self.sum == "fp16_scaled"
 
     @property
     def rows_per_token(self) -> int:
@@ -265,8 +284,11 @@ class RowConfig:
     def shared_bytes(self) -> int:
         tile = self.tile
         if isinstance(tile, RegisterTile):
-            barriers = 16 * (tile.cluster > 1)
-            return exchange_bytes(self.num_sources, tile.warps * tile.cluster, 1) + barriers
+            buffers = exchange_bytes(self.num_sources, tile.warps * tile.cluster, 1)
+            if tile.cluster == 1:
+                return buffers
+            exchanges = 2 + self.scaled_sum  # each with a buffer and a barrier
+            return buffers // 2 * exchanges + 8 * exchanges
         return (
             tile.groups * tile.slots * slot_bytes(tile.rows, self.pitch)
             + table_bytes(self.rows_per_token, tile.producer_warps)
@@ -288,11 +310,16 @@ def row_tile(
     merge: bool = False,
     delta: bool = False,
     output_norm: bool = False,
+    formats: bool = False,
 ) -> RingTile | RegisterTile:
-    """Registers for few tokens and for small ones, where they can take all rows at once; else the ring."""
+    """Registers for few tokens and for small ones, where they can take all rows at once; else the ring.
+
+    The ring's rows have one format: `formats` of their own are the registers' part, at any size.
+    """
     rows = num_sources + merge + delta
     few = tokens <= max(CLUSTERS)
-    small = MIN_REGISTER_SIZE <= hidden_size <= MAX_REGISTER_ELEMENTS // rows and rows <= MAX_REGISTER_ROWS
+    least = 0 if formats else MIN_REGISTER_SIZE
+    small = least <= hidden_size <= MAX_REGISTER_ELEMENTS // rows and rows <= MAX_REGISTER_ROWS
     tile = decode_tile(hidden_size, CLUSTERS[token_class(tokens)]) if few else stream_tile(hidden_size, rows)
     needed = tile.vectors(hidden_size) * (4 * rows + VECTOR) + 2 * num_sources + SPARE_REGISTERS
     if (few or small) and needed <= tile.registers:
@@ -383,6 +410,9 @@ def row_config(
     rstd: bool = False,
     lse: bool = False,
     weights: bool = False,
+    formats: tuple[str, ...] = (),
+    sum: str = "",
+    stochastic: bool = False,
 ) -> RowConfig:
     return RowConfig(
         op,
@@ -401,8 +431,17 @@ def row_config(
         lse=lse,
         weights=weights,
         tile=row_tile(
-            hidden_size, num_sources, tokens, merge=merge, delta=delta, output_norm=output_weight is not None
+            hidden_size,
+            num_sources,
+            tokens,
+            merge=merge,
+            delta=delta,
+            output_norm=output_weight is not None,
+            formats=bool(formats),
         ),
+        formats=formats,
+        sum=sum,
+        stochastic=stochastic,
     )
 
 
@@ -474,7 +513,21 @@ def representative_configs() -> Iterator[tuple[str, Callable[[Any], Any], Any]]:
         step = ("serve_step", bf16, 7168, 9, bf16, bf16, bf16)
         yield "serve_step", build, row_config(*step, tokens=tokens, delta=True, write_block=True)
         yield "phase2_fwd", build, row_config("phase2_fwd", fp16, 2304, 1, fp32, tokens=tokens, **logit)
+        both: dict[str, Any] = {"formats": ("fp16_scaled", "fp16_scaled", "bf16"), "sum": "fp16_scaled"}
+        yield (
+            "phase2_fwd",
+            build,
+            row_config("phase2_fwd", bf16, 7168, 1, fp32, bf16, bf16, tokens=tokens, **logit, **both, delta=True),
+        )
     yield "mix_fwd", build, row_config("mix_fwd", bf16, 8, 1, bf16, tokens=1)
+    # Scaled rows and stochastic rounding
+    normed = ("phase2_fwd", bf16, 7168, 1, fp32, bf16, bf16)
+    yield "phase2_fwd", build, row_config(*normed, **logit, delta=True, formats=("fp16_scaled", "bf16", "bf16"))
+    yield "phase2_fwd", build, row_config(*normed, **logit, **both, delta=True, stochastic=True)
+    yield "phase2_fwd", build, row_config(*normed, **plain, delta=True, stochastic=True)
+    yield "phase2_fwd", build, row_config("phase2_fwd", bf16, 384, 1, bf16, **plain, formats=("fp16_scaled", "bf16"))
+    yield "serve_step", build, row_config("serve_step", bf16, 7168, 9, bf16, bf16, bf16, delta=True, stochastic=True)
+    yield "serve_step", build, row_config("serve_step", fp16, 2048, 17, bf16, fp16, fp16, delta=True, stochastic=True)
     yield "mix_fwd", build, row_config("mix_fwd", fp16, 4096, 17, fp32, tokens=1, **saved, mixed=True, weights=True)
     for dtypes in (
         (bf16, bf16, bf16, bf16),

@@ -22,7 +22,7 @@ def build(config: RowConfig) -> Any:
     from cute_kernels.device.mix_registers import RegisterKernel
     from cute_kernels.device.mix_ring import RingKernel
 
-    rows = [Int64(0)] * config.rows_per_token
+    rows = [Int64(0)] * (config.rows_per_token + config.num_scales)
     operands = Operands(*[Int64(0)] * len(Operands._fields))
     numbers = (Int32(1), Float32(1.0), Float32(1.0), Float32(1.0), Int32(1))
     kernel = RegisterKernel if isinstance(config.tile, RegisterTile) else RingKernel
@@ -47,7 +47,7 @@ def current_stream(device: torch.device) -> int:
 
 def launch(
     kernel: Any,
-    rows: list[int],  # addresses of token 0 of [T, D] each: (merged row), sources, (delta)
+    rows: list[int],  # addresses of token 0 of [T, D] each: (merged row), sources, (delta); then scales [T]
     strides: list[int],  # elements from one token to the next
     operands: Operands,
     out: torch.Tensor,

@@ -20,11 +20,14 @@ def serve_step(
     eps: float,
     output_eps: float,
     out: torch.Tensor,  # [T, D]
+    *,
+    seed: int | None = None,
 ) -> None:
     """out = mix of blocks[:, :num_blocks] and prefix + delta (rounded to the storage dtype), normalised where a weight is given.
 
     Tensors are bf16 or fp16, parameters bf16, fp16 or fp32; rows start at multiples of 16 bytes. A row of prefix is read before
-    the same CTA writes it. Moves (num_blocks + 4) T D elements with delta, one T D more with a block write. Deterministic.
+    the same CTA writes it; a seed rounds it stochastically. Moves (num_blocks + 4) T D elements with delta, one T D more with a
+    block write. Deterministic.
     """
     query, key_weight, output_weight = aligned(query), aligned(key_weight), aligned(output_weight)
     kernel = kernel_for(
@@ -38,6 +41,7 @@ def serve_step(
         tokens=token_class(out.shape[0]),
         delta=delta is not None,
         write_block=block_write_idx >= 0,
+        stochastic=seed is not None and delta is not None,
     )
     first_block, next_block = blocks.data_ptr(), blocks.stride(1) * blocks.element_size()
     rows = [first_block + i * next_block for i in range(num_blocks)] + [prefix.data_ptr()]
@@ -54,5 +58,6 @@ def serve_step(
         sum_stride=prefix.stride(0),
         block=first_block + block_write_idx * next_block if block_write_idx >= 0 else 0,
         block_stride=blocks.stride(0),
+        seed=seed or 0,
     )
     launch(kernel, rows, strides, operands, out, eps, output_eps, 1.0)

@@ -60,4 +60,5 @@ def features(storage: set[torch.dtype], scaled: bool = False, seed: int | None =
     if len(storage) == 1 and not scaled and seed is None:
         return ()
     mixed = ("mixed storage dtypes",) * (len(storage) > 1)
-    return (*mixed, *("scaled fp16",) * scaled, *("stochastic rounding",) * (seed is not None))
+    wide = ("float32 beside 16-bit storage",) * (len(storage) > 1 and torch.float32 in storage)
+    return (*mixed, *wide, *("scaled fp16",) * scaled, *("stochastic rounding",) * (seed is not None))

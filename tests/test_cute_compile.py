@@ -201,7 +201,8 @@ def representative() -> list:
 def name(case: tuple) -> str:
     op, _, c = case
     cluster = [f"cluster{c.tile.cluster}"] if isinstance(c.tile, RegisterTile) else ["ring"]
-    flags = cluster + [flag for flag in ("delta", "write_block", "mixed", "logits", "weights") if getattr(c, flag)]
+    names = ("delta", "write_block", "mixed", "logits", "weights", "scaled_sum", "stochastic")
+    flags = cluster + [flag for flag in names if getattr(c, flag)] + list(c.formats)
     norm = ["norm"] if c.output_weight else []
     return "-".join([op, c.dtype, f"D{c.hidden_size}", f"L{c.num_sources}", *norm, *flags])
 
@@ -244,8 +245,8 @@ def check_register_code(c: RowConfig, found: Inspection, vectors: int) -> None:
     assert len(re.findall(r"LDG\.E\.128", found.sass)) == vectors * loads
     assert "CONSTANT" not in found.sass  # a row may be one that the kernel writes
     assert not {"UBLKCP", "USETMAXREG"} & set(found.instructions)
-    exchanges = 1 + (c.output_weight is not None)
-    sent = -(-c.num_sources // 16) + (c.output_weight is not None)
+    others = (c.output_weight is not None) + c.scaled_sum  # exchanges of one number
+    exchanges, sent = 1 + others, -(-c.num_sources // 16) + others
     assert found.instructions["STAS"] == (sent * c.tile.cluster if c.tile.cluster > 1 else 0)
     assert len(re.findall(r"TRYWAIT", found.sass)) == (exchanges if c.tile.cluster > 1 else 0)
 

@@ -184,11 +184,21 @@ def test_cute_refuses_what_it_has_no_kernel_for() -> None:
     }
     assert cute_config.refusal(**call) is None
     for options, expected in (
-        ({"storage": {BF16, FP32}}, "phase2_fwd has no CuTe kernel yet for mixed storage dtypes"),
-        ({"storage": {FP16}, "scaled": True, "seed": 1}, "scaled fp16 and stochastic rounding"),
+        ({"storage": {BF16, FP32}}, "phase2_fwd has no CuTe kernel yet for float32 beside 16-bit storage"),
+        ({"storage": {BF16, FP16}, "scaled": True, "seed": 1}, "None"),
         ({"storage": {BF16}}, "None"),
     ):
         assert expected in str(cute_config.refusal(**call, features=dtypes.features(**options)))
+    call["op"] = "serve_step"
+    for options, expected in (
+        ({"storage": {BF16}, "seed": 1}, "None"),
+        ({"storage": {FP16}, "scaled": True, "seed": 1}, "serve_step has no CuTe kernel yet for scaled fp16"),
+    ):
+        assert expected in str(cute_config.refusal(**call, features=dtypes.features(**options)))
+    for op in ("mix_fwd", "mix_bwd", "phase2_bwd"):
+        call["op"] = op
+        for feature in ("mixed storage dtypes", "scaled fp16", "stochastic rounding"):
+            assert f"{op} has no CuTe kernel yet for {feature}" == cute_config.refusal(**call, features=(feature,))
 
 
 def test_explain_knows_the_options() -> None:
@@ -474,6 +484,24 @@ def test_torch_and_triton_draw_the_same_sums_on_the_gpu(storage: str, ran: list[
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize(("tokens", "size"), [(1, 7168), (7, 384), (257, 2304), (1000, 7168)])
+def test_cute_draws_the_sums_of_torch(tokens: int, size: int, dtype: torch.dtype, ran: list[tuple[str, str]]) -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the CuTe kernels need a Hopper GPU")
+    prefix, delta = (rows(tokens, size, seed=s).cuda().to(dtype) for s in (1, 2))
+    query, found = torch.zeros(size, device="cuda"), []
+    for backend in ("torch", "cute"):
+        options = {"stochastic_seed": 2**62 + 3, "backend": backend}
+        new, blocks = prefix.clone(), torch.zeros(tokens, 2, size, device="cuda", dtype=dtype)
+        attnres.attn_res_step(new, delta, blocks, None, query, None, 1, 1, EPS, EPS, **options)
+        lse = torch.zeros(tokens, device="cuda")
+        found.append((new, blocks, attnres.phase_2(prefix, query, delta, lse, EPS, delta=delta, **options)[1]))
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+    assert ran[-2:] == [("serve_step", "cute"), ("phase2_fwd", "cute")]
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("storage", [None, SCALED_FP16])
 def test_phase_1_on_the_gpu(storage: str | None) -> None:
     for shape in (Shape(7, 7186, 3, 5), Shape(1000, 2048, 4, 8)):
@@ -508,4 +536,5 @@ def test_backends_are_told_what_a_call_asks_for(monkeypatch: pytest.MonkeyPatch)
     attnres.phase_1([value], S, EPS, stochastic_seed=1)
     found = [spec.features for spec in asked]
     mixed, scaled = "mixed storage dtypes", "scaled fp16"
-    assert found == [(), (mixed,), (mixed, scaled), (mixed, scaled), ("stochastic rounding",)]
+    wide = "float32 beside 16-bit storage"
+    assert found == [(), (mixed, wide), (mixed, scaled), (mixed, scaled), ("stochastic rounding",)]

@@ -429,6 +429,45 @@ def test_torch_and_triton_store_the_same_bits_on_the_gpu(seed: int | None) -> No
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("seed", [None, 11])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("tokens", "size"), [(1, 7168), (7, 384), (100, 2304), (257, 2304), (257, 7168)])
+def test_phase_2_on_hopper_stores_what_torch_does(tokens: int, size: int, dtype: torch.dtype, seed: int | None) -> None:
+    """Each of partial sum, merged row and new sum scaled or not; the mix to the budget of one rounding."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the CuTe kernels need a Hopper GPU")
+    values = [rows(tokens, size, seed=s, dtype=dtype).cuda() for s in (1, 2, 3)]
+    query, lse = rows(size, seed=4).cuda() / size**0.5, rows(tokens, seed=5).cuda()
+    for scaled_partial, scaled_inter, storage in (
+        (False, True, None),
+        (True, False, None),
+        (True, True, None),
+        (False, False, SCALED_FP16),
+        (False, True, SCALED_FP16),
+    ):
+        partial = ScaledTensor.from_tensor(values[0]) if scaled_partial else values[0]
+        inter = ScaledTensor.from_tensor(values[1]) if scaled_inter else values[1]
+        given = {"delta": values[2], "output_rms_weight": 1 + query, "storage": storage, "stochastic_seed": seed}
+        found = {}
+        for backend in ("torch", "cute"):
+            poison = torch.full((4, tokens, size), math.nan, device="cuda")  # what the allocator hands out next
+            del poison
+            found[backend] = attnres.phase_2(partial, query, inter, lse, EPS, **given, backend=backend)
+        new, expected = found["cute"][1], found["torch"][1]
+        if isinstance(new, ScaledTensor):
+            assert torch.equal(new.scale, expected.scale)
+            new, expected = new.values, expected.values
+        assert torch.equal(new, expected)
+        kept = found["cute"][1]
+        x = kept.to(torch.float64)
+        logit = (x * query).sum(-1) / (x.square().mean(-1) + EPS).sqrt()
+        mixed = inter.to(torch.float64)
+        mixed = mixed + torch.sigmoid(logit - lse)[:, None] * (x - mixed)
+        exact = mixed / (mixed.square().mean(-1, keepdim=True) + EPS).sqrt() * (1 + query)
+        assert (found["cute"][0] - exact).norm() <= 1.05 * (exact.to(dtype) - exact).norm()
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("op", STORAGE)
 def test_every_operation_takes_it_on_the_gpu(op: str) -> None:
     for shape in (Shape(257, 384, 9, 12), Shape(7, 7186, 5, 3)):

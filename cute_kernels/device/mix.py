@@ -16,6 +16,7 @@ from cutlass import BFloat16, Float16, Float32, Int32, Int64
 
 from cute_kernels.config import Operands, RowConfig
 from cute_kernels.device.pipelines import global_row
+from cute_kernels.device.rounding import PARTIAL_SUM, finite_magnitude, inverse, philox, scale_from, stochastic
 from cute_kernels.device.rows import (
     VECTOR,
     Exchange,
@@ -30,11 +31,13 @@ from cute_kernels.device.rows import (
     store_by_owner,
     store_scalar,
     tree,
+    unpack,
     unpack_again,
+    warp_max,
     warp_sum,
 )
 
-TYPES = {"bf16": BFloat16, "fp16": Float16, "fp32": Float32}
+TYPES = {"bf16": BFloat16, "fp16": Float16, "fp16_scaled": Float16, "fp32": Float32}
 
 
 class Scalars(NamedTuple):
@@ -51,6 +54,8 @@ class RowMix:
 
     def __init__(self, config: RowConfig):
         self.config, self.tile, self.dtype = config, config.tile, TYPES[config.dtype]
+        self.formats = config.formats or (config.dtype,) * config.rows_per_token
+        self.row_types = [TYPES[name] for name in self.formats]
 
     def load_parameter(self, part: RowTile, dtype: str, address: Int64) -> cute.Tensor:
         """This thread's part of a vector [D] as stored."""
@@ -72,43 +77,79 @@ class RowMix:
         softmax = OnlineSoftmax()
         r_mix = None
         held = []
+        unit = None  # of the scales: the largest, if above one; what is squared is divided by it, and stays in fp32's range
         for chunk in self.tile.chunks(config.num_sources):
-            r_rows, logits = [], []
+            r_rows, scales, logits = [], [], []
             if config.merge and chunk.start == 0:
                 r_rows.append(reader.next())
+                scales.append(reader.scale)
                 logits.append(r_given)
             squares, products = [], []
             for source in chunk:
                 # A row's arithmetic follows the loads of the next one, so that it covers their latency.
-                r_rows.append(self.read_source(source, token, reader, operands))
+                r_row, row_scale = self.read_source(source, token, reader, exchange, operands, scalars)
+                r_rows.append(r_row)
+                scales.append(row_scale)
                 if source > chunk.start:
                     add_products(squares, products, r_rows[-2], r_u)
             reader.release()
             add_products(squares, products, r_rows[-1], r_u)
             sums = RowSums(len(chunk))
-            lane_logits = self.finish_logits(sums, exchange, squares, products, chunk.start, token, operands, scalars)
+            found = scales[len(logits) :]
+            lane_logits = self.finish_logits(
+                sums, exchange, squares, products, found, chunk.start, token, operands, scalars
+            )
             held.append((chunk.start, sums, lane_logits))
             rescale, shares = softmax.join(logits + sums.spread(lane_logits))
+            shares = [share if s is None else share * s for share, s in zip(shares, scales, strict=True)]
+            if config.num_scales or config.scaled_sum:
+                unit = tree(cute.arch.fmax, [Float32(1.0), *(s for s in (unit, *scales) if s is not None)])
+
             r_mix = self.accumulate(r_mix, rescale, r_rows, shares, part)
         self.store_softmax(softmax, held, token, exchange, operands, scalars)
-        self.store_mix(r_mix, softmax, token, exchange, part, weight, operands, scalars)
+        self.store_mix(r_mix, softmax, unit, token, exchange, part, weight, operands, scalars)
 
-    def read_source(self, source: int, token, reader, operands: Operands) -> cute.Tensor:
-        """The next source in registers; the last one after its delta is added, and stored where it is wanted."""
+    def read_source(self, source: int, token, reader, exchange, operands: Operands, scalars: Scalars) -> tuple:
+        """The next source in registers and its scale; the last one after its delta is added, and stored where it is wanted."""
         config, part = self.config, reader.part
-        r_row = reader.next()
+        r_row, scale = reader.next(), reader.scale
         if source < config.num_sources - 1:
-            return r_row
+            return r_row, scale
         if config.delta:
             r_delta = reader.next()
-            r_row.store((r_row.load().to(Float32) + r_delta.load().to(Float32)).to(self.dtype))
+            if config.formats or config.stochastic:
+                r_row, scale = self.add_delta(r_row, scale, r_delta, token, part, exchange, operands, scalars)
+            else:
+                r_row.store((r_row.load().to(Float32) + r_delta.load().to(Float32)).to(self.dtype))
             self.store_row(r_row, operands.sum, operands.sum_stride, token, part)
         if config.write_block:
             self.store_row(r_row, operands.block, operands.block_stride, token, part)
-        return r_row
+        return r_row, scale
+
+    def add_delta(self, r_row, scale, r_delta, token, part: RowTile, exchange, operands, scalars) -> tuple:
+        """The sum as it is stored, and its scale, which is stored here."""
+        config, dtype = self.config, TYPES[self.config.sum or self.config.dtype]
+        total = []
+        for v in range(part.vectors):
+            x, d = unpack(r_row, v), unpack(r_delta, v)
+            total.append([(a if scale is None else a * scale) + b for a, b in zip(x, d, strict=True)])
+        scale = None
+        if config.scaled_sum:
+            peak = tree(cute.arch.fmax, [finite_magnitude(value) for vector in total for value in vector])
+            scale = scale_from(exchange.max(warp_max(peak)))
+            store_scalar(operands.sum_scale, scale, token, exchange, scalars.tokens)
+            down = inverse(scale)
+            total = [[value * down for value in vector] for vector in total]
+        r_sum = part.fragment(dtype)
+        for v, vector in enumerate(total):
+            if config.stochastic:
+                words = philox(operands.seed, v * part.threads + part.thread, token, PARTIAL_SUM)
+                vector = stochastic(vector, dtype, words)
+            r_sum[None, v].store(pack(vector, dtype).load())
+        return r_sum, scale
 
     def store_row(self, r_row: cute.Tensor, address: Int64, stride: Int64, token: Int32, part: RowTile) -> None:
-        g_row = global_row(self.dtype, address, stride, token, self.config.hidden_size)
+        g_row = global_row(r_row.element_type, address, stride, token, self.config.hidden_size)
         for v in range(part.vectors):
             part.store_vector(r_row[None, v], g_row, v)
 
@@ -118,6 +159,7 @@ class RowMix:
         exchange: Exchange,
         squares: list,
         products: list,
+        scales: list,
         first: int,
         token,
         operands,
@@ -127,8 +169,17 @@ class RowMix:
         config = self.config
         partial = sums.reduce(squares, products, exchange.lane)
         lane_logits, lane_rstd = [], []
-        for total in exchange.sum(partial):
+        for place, total in enumerate(exchange.sum(partial)):
             square, product = sums.pair(total, exchange.lane)
+            if any(s is not None for s in scales):
+                # Sums of the values as stored: a scale above one divides eps instead.
+                scale = sums.gather(scales, exchange.lane)[place]
+                low, down = cute.arch.fmin(scale, Float32(1.0)), inverse(cute.arch.fmax(scale, Float32(1.0)))
+                mean = square * Float32(1.0 / config.hidden_size) * low * low
+                root = reciprocal_root(mean + scalars.eps * down * down)
+                lane_rstd.append(root * down)
+                lane_logits.append(scalars.scale * (root * low * product))
+                continue
             rstd = reciprocal_root(square * Float32(1.0 / config.hidden_size) + scalars.eps)
             lane_rstd.append(rstd)
             lane_logits.append(scalars.scale * (rstd * product))
@@ -160,19 +211,24 @@ class RowMix:
                 lane_weights = [softmax.weight(logit) for logit in lane_logits]
                 store_by_owner(operands.weights, lane_weights, sums, first, token, exchange, scalars.tokens)
 
-    def store_mix(self, r_mix, softmax, token, exchange: Exchange, part: RowTile, weight, operands, scalars):
+    def store_mix(self, r_mix, softmax, unit, token, exchange: Exchange, part: RowTile, weight, operands, scalars):
         config = self.config
-        inverse = softmax.inverse()
-        mix = [[value * inverse for value in vector] for vector in r_mix]
+        normalizer = softmax.inverse()
+        mix = [[value * normalizer for value in vector] for vector in r_mix]
         g_out = global_row(self.dtype, operands.out, config.hidden_size, token, config.hidden_size)
         if config.mixed:
             g_mixed = global_row(Float32, operands.mixed, config.hidden_size, token, config.hidden_size)
             for v, vector in enumerate(mix):
                 part.store_vector(pack(vector, Float32), g_mixed, v)
         if config.output_weight is not None:
+            output_eps = scalars.output_eps
+            if unit is not None:
+                down = inverse(unit)
+                mix = [[value * down for value in vector] for vector in mix]
+                output_eps = output_eps * down * down
             square = tree(add, [tree(add, [value * value for value in vector]) for vector in mix])
             (square,) = exchange.sum([warp_sum(square)])
-            rstd = reciprocal_root(square * Float32(1.0 / config.hidden_size) + scalars.output_eps)
+            rstd = reciprocal_root(square * Float32(1.0 / config.hidden_size) + output_eps)
             for v, vector in enumerate(mix):
                 r_weight = cute.make_rmem_tensor((VECTOR,), weight.element_type)
                 cute.autovec_copy(weight[None, v], r_weight)

@@ -7,7 +7,7 @@ most: for the sums of the rows and for the output norm's.
 
 import cuda.bindings.driver as cuda
 import cutlass.cute as cute
-from cutlass import Float32, Int32, const_expr
+from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.memory import SmemAllocator
 
 from cute_kernels.config import Operands
@@ -20,7 +20,7 @@ class RegisterKernel(RowMix):
     @cute.jit
     def __call__(
         self,
-        rows: list,  # addresses of the rows of token 0: (merged row), sources, (delta)
+        rows: list,  # addresses of the rows of token 0: (merged row), sources, (delta); then of the scales of scaled rows
         strides: list,  # elements from one token to the next
         operands: Operands,
         tokens: Int32,
@@ -50,7 +50,9 @@ class RegisterKernel(RowMix):
         cute.arch.griddepcontrol_launch_dependents()
         smem = SmemAllocator()
         if const_expr(tile.cluster > 1):
-            exchange = ClusterExchange(smem, config.num_sources, tile.cluster, tile.warps, rank, warp, lane)
+            exchange = ClusterExchange(
+                smem, config.num_sources, tile.cluster, tile.warps, rank, warp, lane, leading=int(config.scaled_sum)
+            )
             exchange.start(thread)
         else:
             s_partials = GroupExchange.allocate(smem, config.num_sources, tile.warps, 1)
@@ -69,19 +71,29 @@ class RegisterKernel(RowMix):
         self.mix_token(token, reader, exchange, r_u, given, weight, operands, scalars)
 
     def load_rows(self, token: Int32, rows: list, strides: list, part: RowTile) -> "LoadedRows":
-        size = self.config.hidden_size
-        g_rows = [global_row(self.dtype, row, stride, token, size) for row, stride in zip(rows, strides, strict=True)]
-        return LoadedRows([part.load(self.dtype, g_row) for g_row in g_rows], part)
+        size, count = self.config.hidden_size, self.config.rows_per_token
+        r_rows = []
+        for dtype, row, stride in zip(self.row_types, rows[:count], strides[:count], strict=True):
+            r_rows.append(part.load(dtype, global_row(dtype, row, stride, token, size)))
+        # One number a row: its address is aligned to no more than that.
+        loaded = [
+            vector_fp32(a + Int64(token) * s * 4, 1)[0] for a, s in zip(rows[count:], strides[count:], strict=True)
+        ]
+        found = iter(loaded)
+        scales = [next(found) if name == "fp16_scaled" else None for name in self.formats]
+        return LoadedRows(r_rows, scales, part)
 
 
 class LoadedRows:
     """The rows of one token in registers as stored, one after the other."""
 
-    def __init__(self, r_rows: list[cute.Tensor], part: RowTile):
-        self.r_rows, self.part = iter(r_rows), part
+    def __init__(self, r_rows: list[cute.Tensor], scales: list[Float32 | None], part: RowTile):
+        self.rows, self.part = iter(zip(r_rows, scales, strict=True)), part
+        self.scale: Float32 | None = None  # of the last row, if it has one
 
     def next(self) -> cute.Tensor:
-        return next(self.r_rows)
+        r_row, self.scale = next(self.rows)
+        return r_row
 
     def release(self) -> None:
         """Nothing to give back."""

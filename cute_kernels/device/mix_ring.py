@@ -183,6 +183,8 @@ class RingKernel(RowMix):
 class RowReader:
     """The rows of one token from a ring, one after the other, each in registers as stored; `keep` leaves them in the ring."""
 
+    scale = None  # its rows have none
+
     def __init__(self, config: RowConfig, ring: RowRing, state: PipelineState, part: RowTile, keep: bool = False):
         self.config, self.ring, self.state, self.part, self.keep, self.count = config, ring, state, part, keep, 0
         self.finished: PipelineState | None = None

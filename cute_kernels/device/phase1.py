@@ -64,7 +64,7 @@ from cute_kernels.device.mma import (
     zip_pairs,
 )
 from cute_kernels.device.pipelines import EVICT_FIRST, producer_state
-from cute_kernels.device.rounding import ZERO_PEAK, inverse, peak_of, scale_of
+from cute_kernels.device.rounding import ZERO_ORDER, inverse, magnitude_from, order_of, scale_from
 from cute_kernels.device.rows import add, exp_difference, log, reciprocal_root, tree
 
 TYPES = {"bf16": BFloat16, "fp16": Float16, "fp32": Float32}
@@ -650,12 +650,12 @@ class Phase1Kernel:
         own = memory.peaks + ((buffer * tile.cluster + work.rank) * tile.warps + lane.warp) * shape.peak_bytes
         for place, both in enumerate(self.output_pairs()):
             operands = [self.weight_operand(lane, weights, both, group) for group in range(shape.groups)]
-            peaks = [Int32(ZERO_PEAK)] * len(both)
+            peaks = [Int32(ZERO_ORDER)] * len(both)
             for _, sums in self.block_sums(rows, operands, range(tile.blocks)):
                 for octet in range(len(both)):
                     for values in sums:
                         for half in range(2):
-                            peaks[octet] = cutlass.max(peaks[octet], peak_of(values[2 * octet + half]))
+                            peaks[octet] = cutlass.max(peaks[octet], order_of(values[2 * octet + half]))
             for octet, peak in enumerate(peaks):
                 for offset in (1, 2):
                     peak = cutlass.max(peak, cute.arch.shuffle_sync_bfly(peak, offset=offset))
@@ -857,7 +857,7 @@ class RowStore:
         """Scaled fp16: rows are divided by their scales, which one warp stores."""
         for octet, peak in enumerate(peaks):
             token, queries = self.both[octet]
-            scale = scale_of(peak)
+            scale = scale_from(magnitude_from(peak))
             self.down[octet] = inverse(scale)
             chosen = (self.work.rank == 0) & (self.lane.warp == queries % self.kernel.tile.warps) & (self.lane.q == 0)
             chosen = chosen & (queries * OCTET + self.lane.c < self.config.num_queries)

@@ -133,6 +133,13 @@ def warp_sum(value: Float32) -> Float32:
     return value
 
 
+def warp_max(value: Float32) -> Float32:
+    """The largest of the warp, in every lane."""
+    for offset in (16, 8, 4, 2, 1):
+        value = cute.arch.fmax(value, cute.arch.shuffle_sync_bfly(value, offset=offset))
+    return value
+
+
 def halve(values: list[Float32], offset: int, lane: Int32) -> list[Float32]:
     """One level of a transposing reduction: lanes with bit `offset` clear keep the sums of the first half, the others of the rest.
 
@@ -191,6 +198,15 @@ class RowSums:
         upper = lane >= 16
         return select(upper, other, value), select(upper, value, other)
 
+    def gather(self, values: list[Float32 | None], lane: Int32) -> list[Float32]:
+        """One value per row that is in every lane, in the `depth` places of its owner; 1 for None."""
+        held = [Float32(1.0)] * self.depth
+        for row, value in enumerate(values):
+            if value is not None:
+                holder, place = self.owner(row)
+                held[place] = select(lane == holder, value, held[place])
+        return held
+
     def spread(self, values: list[Float32]) -> list[Float32]:
         """What the owners hold, one value per row, in every lane."""
         return [self.spread_one(values, row) for row in range(self.count)]
@@ -208,6 +224,9 @@ class Exchange(Protocol):
 
     def sum(self, values: list[Float32]) -> list[Float32]:
         """Each lane's values summed over the same lane of all warps."""
+
+    def max(self, value: Float32) -> Float32:
+        """The largest of each lane's value and those of the same lane of all warps."""
 
 
 class GroupExchange:
@@ -238,6 +257,12 @@ class GroupExchange:
         return smem.allocate_tensor(Float32, cute.make_layout((exchange_words(count), warps, 2, groups)), 16)
 
     def sum(self, values: list[Float32]) -> list[Float32]:
+        return self._combine(add, values)
+
+    def max(self, value: Float32) -> Float32:
+        return self._combine(cute.arch.fmax, [value])[0]
+
+    def _combine(self, operation: Callable[[Float32, Float32], Float32], values: list[Float32]) -> list[Float32]:
         if self.warps == 1:
             return values
         s_buffer = self.s_partials[None, None, self.turn % 2, self.group]
@@ -245,7 +270,7 @@ class GroupExchange:
         for k, value in enumerate(values):
             s_buffer[k * LANES + self.lane, self.warp] = value
         cute.arch.barrier(barrier_id=NamedBarrier.GROUP + self.group, number_of_threads=self.warps * LANES)
-        return sum_over_warps(s_buffer, len(values), self.lane)
+        return over_warps(operation, s_buffer, len(values), self.lane)
 
 
 class ClusterExchange:
@@ -257,28 +282,43 @@ class ClusterExchange:
     """
 
     def __init__(
-        self, smem: SmemAllocator, count: int, cluster: int, warps: int, rank: Int32, warp: Int32, lane: Int32
+        self,
+        smem: SmemAllocator,
+        count: int,
+        cluster: int,
+        warps: int,
+        rank: Int32,
+        warp: Int32,
+        lane: Int32,
+        leading: int = 0,
     ):
         self.cluster, self.warp, self.lane = cluster, rank * warps + warp, lane
+        self.sent = (LANES,) * leading + (exchange_words(count), LANES)  # words a warp sends: of many rows, then of one
         # (LANES * depth, warps of the cluster, exchanges)
         self.s_partials = smem.allocate_tensor(
-            Float32, cute.make_layout((exchange_words(count), cluster * warps, 2)), 16
+            Float32, cute.make_layout((exchange_words(count), cluster * warps, len(self.sent))), 16
         )
-        self.arrived = smem.allocate_array(Int64, 2)  # mbarriers
+        self.arrived = smem.allocate_array(Int64, len(self.sent))  # mbarriers
         self.turn = 0
 
     @cute.jit
     def start(self, thread: Int32):
         """By all threads, early: nothing can be sent before all CTAs of the cluster have done this."""
-        words, warps, _ = self.s_partials.shape
+        warps = self.s_partials.shape[1]
         if thread == 0:
-            for turn, sent in enumerate((words, LANES)):  # of many rows, then of one
+            for turn, sent in enumerate(self.sent):
                 cute.arch.mbarrier_init(self.arrived + turn, 1)
                 cute.arch.mbarrier_arrive_and_expect_tx(self.arrived + turn, sent * warps * 4)
             cute.arch.mbarrier_init_fence()
         cute.arch.cluster_arrive_relaxed()
 
     def sum(self, values: list[Float32]) -> list[Float32]:
+        return self._combine(add, values)
+
+    def max(self, value: Float32) -> Float32:
+        return self._combine(cute.arch.fmax, [value])[0]
+
+    def _combine(self, operation: Callable[[Float32, Float32], Float32], values: list[Float32]) -> list[Float32]:
         if self.turn == 0:
             cute.arch.cluster_wait()
         s_buffer, arrived = self.s_partials[None, None, self.turn], self.arrived + self.turn
@@ -288,13 +328,15 @@ class ClusterExchange:
             for cta in range(self.cluster):
                 store_cluster(place, arrived.toint(), Int32(cta), [value])
         cute.arch.mbarrier_wait(arrived, 0)
-        return sum_over_warps(s_buffer, len(values), self.lane)
+        return over_warps(operation, s_buffer, len(values), self.lane)
 
 
-def sum_over_warps(s_buffer: cute.Tensor, count: int, lane: Int32) -> list[Float32]:
-    """(LANES * count, warps) -> `count` sums for each lane."""
+def over_warps(
+    operation: Callable[[Float32, Float32], Float32], s_buffer: cute.Tensor, count: int, lane: Int32
+) -> list[Float32]:
+    """(LANES * count, warps) -> `count` results for each lane."""
     warps = cute.size(s_buffer, mode=[1])
-    return [tree(add, [s_buffer[k * LANES + lane, w] for w in range(warps)]) for k in range(count)]
+    return [tree(operation, [s_buffer[k * LANES + lane, w] for w in range(warps)]) for k in range(count)]
 
 
 def reciprocal_root(x: Float32) -> Float32:
