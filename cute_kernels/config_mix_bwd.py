@@ -75,6 +75,11 @@ class MixBwdConfig:
         return self.hidden_size // self.cluster
 
     @property
+    def formats(self) -> tuple[str, ...]:
+        """Of rows in the ring, as RowConfig has them: none of their own. Values of scaled fp16 are as wide as the gradients."""
+        return ()
+
+    @property
     def exchange_warps(self) -> int:
         """Whose sums are added up."""
         return self.tile.warps * self.cluster

@@ -133,13 +133,6 @@ def warp_sum(value: Float32) -> Float32:
     return value
 
 
-def warp_max(value: Float32) -> Float32:
-    """The largest of the warp, in every lane."""
-    for offset in (16, 8, 4, 2, 1):
-        value = cute.arch.fmax(value, cute.arch.shuffle_sync_bfly(value, offset=offset))
-    return value
-
-
 def halve(values: list[Float32], offset: int, lane: Int32) -> list[Float32]:
     """One level of a transposing reduction: lanes with bit `offset` clear keep the sums of the first half, the others of the rest.
 
