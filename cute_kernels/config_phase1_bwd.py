@@ -22,7 +22,7 @@ MAX_QUERIES = 32
 STEP = 32  # columns that one ldmatrix covers
 PIECE = 16  # a warp's columns are a multiple of it
 MAX_WARPS = 8
-OTHER_WARPS = 4  # a warpgroup: loads, stores, loads of what is added to
+OTHER_WARPS = 4  # a warpgroup: loads, stores, loads of what is added to, statistics
 # Of a loading warp and of a consumer, after setmaxnreg
 OTHER_REGISTERS = 40
 CONSUMER_REGISTERS = 232
@@ -168,7 +168,7 @@ class Phase1BwdConfig:
     @property
     def shared_bytes(self) -> int:
         tile = self.tile
-        barriers = 8 * (2 * (tile.source_slots + tile.output_slots + tile.stages) + BUFFERS)
+        barriers = 8 * (2 * (tile.source_slots + tile.output_slots + tile.stages) + 3 * BUFFERS)
         rows = self.ring_bytes + self.query_bytes + tile.stages * self.stage_bytes
         return rows + self.exchange_bytes + barriers + SCRATCH_BYTES
 

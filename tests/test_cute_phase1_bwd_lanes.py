@@ -297,8 +297,7 @@ def test_gradients_of_a_few_tokens(patched, hidden_size: int, sources: int, quer
     if config.query_terms == 2:
         fill(memory.queries, queries, rows_of(u - high, machine, config))
 
-    r_statistics, found = Registers(), np.full((tokens, sources, tile.cluster * tile.cta_columns), np.nan)
-    kernel.load_statistics(work, lane, statistics, kernel.item(I32(0), 0), r_statistics)
+    found = np.full((tokens, sources, tile.cluster * tile.cta_columns), np.nan)
 
     def begin(turn: int, number: int) -> None:
         item = kernel.item(I32(turn), number)
@@ -312,7 +311,9 @@ def test_gradients_of_a_few_tokens(patched, hidden_size: int, sources: int, quer
             rows = d_out[octet * 8 : octet * 8 + config.octet_rows(octet), turn]
             fill(slot, 0, rows_of(rows, machine, config))
         kernel.products(memory, lane, item)
-        kernel.exchange(memory, work, lane, item, statistics, r_statistics, np.float32(scale))
+        kernel.exchange(memory, work, lane, item)
+        # Every warp does what one warp of the kernel does.
+        kernel.item_statistics(memory, work, lane.lane, statistics, item.index, np.float32(scale))
 
     def end(turn: int, number: int) -> None:
         kernel.mix(memory, lane, kernel.item(I32(turn), number), sums)

@@ -15,7 +15,7 @@ cluster, then over consumer warps; all walk the same items. Per item, a warp doe
 
 in the order products(i + 1), exchange(i + 1), weights(i), mix(i), so that sums have a mix's time to cross the cluster.
 One more warp keeps two rings full, of tokens' sources and of octets' gradients; another stores the sources' gradients
-that consumers stage in shared memory.
+that consumers stage in shared memory; another keeps a ring of items' statistics full: p and what else the forward saved.
 
 Rows are read from device memory once. Deterministic: every sum has a fixed order.
 """
@@ -109,6 +109,9 @@ class Memory:
         # [BUFFERS]: every share of the totals is there
         self.reduced_ready = self.stored + tile.stages
         self.reduced_ready_address = Int32(self.reduced_ready.toint())
+        # [BUFFERS]: an item's statistics are there; every warp has made its weights of them
+        self.statistics_full = self.reduced_ready + BUFFERS
+        self.statistics_empty = self.statistics_full + BUFFERS
 
 
 class Lane(NamedTuple):
@@ -263,6 +266,8 @@ class Phase1BwdKernel:
                 with cute.arch.elect_one():
                     self.load_addends(memory, cluster_work(tile.cluster, tokens), d_sources, d_strides)
                 cute.arch.sync_warp()
+            if warp == first + 3:
+                self.fill_statistics(memory, cluster_work(tile.cluster, tokens), thread % LANES, statistics, scale)
         else:
             if const_expr(tile.moves_registers):
                 cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
@@ -270,7 +275,7 @@ class Phase1BwdKernel:
                 work = cluster_work(tile.cluster, tokens)
                 lane = self.place(work, warp, thread % LANES)
                 self.load_queries(memory, lane, queries, query_stride, key_weights, key_weight_stride)
-                self.consume(memory, work, lane, statistics, du, scale)
+                self.consume(memory, work, lane, du)
         if const_expr(tile.cluster > 1):
             # No CTA may leave while another can still write to its shared memory.
             sync_cluster(tile.cluster)
@@ -291,6 +296,8 @@ class Phase1BwdKernel:
         for buffer in range(BUFFERS):
             # Shares arrive as bytes; the one arrival announces how many.
             cute.arch.mbarrier_init(memory.reduced_ready + buffer, 1)
+            cute.arch.mbarrier_init(memory.statistics_full + buffer, 1)
+            cute.arch.mbarrier_init(memory.statistics_empty + buffer, tile.warps)
 
     @cute.jit
     def clear(self, memory: Memory, thread: Int32):
@@ -377,6 +384,49 @@ class Phase1BwdKernel:
             cute.arch.mbarrier_arrive(memory.stored + buffer)
         cute.arch.cp_async_bulk_wait_group(0)
 
+    # Statistics
+
+    @cute.jit
+    def fill_statistics(self, memory: Memory, work: Work, lane: Int32, statistics: Statistics, scale: Float32):
+        """Keeps the ring of statistics full, items ahead of the consumers, who would wait for these loads."""
+        # One body for all items of a token: unrolled, addresses of each were kept and spilled.
+        for index in cutlass.range(work.items * self.config.items, unroll=1):
+            buffer = index % BUFFERS
+            cute.arch.mbarrier_wait(memory.statistics_empty + buffer, ((index // BUFFERS) & 1) ^ 1)
+            self.item_statistics(memory, work, lane, statistics, index, scale)
+            cute.arch.sync_warp()
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive(memory.statistics_full + buffer)
+
+    def item_statistics(
+        self, memory: Memory, work: Work, lane: Int32, statistics: Statistics, index: Int32, scale: Float32
+    ) -> None:
+        """An item's, to its buffer. Entry 8s + n of p and logits belongs to query s of the item and source n."""
+        config = self.config
+        sources, tokens = config.num_sources, Int64(work.tokens)
+        token = work.item(index // config.items)
+        at = memory.statistics + index % BUFFERS * STATISTICS_BYTES + lane * 4
+        first, source = index % config.items * (self.tile.item_octets * OCTET), lane % OCTET
+        loaded = []
+        for piece in range(self.tile.item_octets * 64 // LANES):
+            query = first + (lane // OCTET + piece * (LANES // OCTET))
+            there = (query < config.num_queries) & (source < sources)
+            logit = statistics.logits + (Int64(query * sources + source) * tokens + token) * 4
+            lse = statistics.lse + (Int64(query) * tokens + token) * 4
+            loaded.append((there, load_scalar(logit, there), load_scalar(lse, there)))
+        rstd = load_scalar(statistics.rstd + (Int64(lane) * tokens + token) * 4, lane < sources)
+        d_lse, query = Float32(0.0), first + lane
+        if config.d_lse:
+            there = (lane < self.tile.item_octets * OCTET) & (query < config.num_queries)
+            d_lse = load_scalar(statistics.d_lse + (Int64(query) * tokens + token) * 4, there)
+        for piece, (there, logit, lse) in enumerate(loaded):
+            p = select(there, exp_difference(logit, lse), Float32(0.0))
+            store_shared(at, P_AT + piece * LANES * 4, [p])
+            store_shared(at, LOGITS_AT + piece * LANES * 4, [logit])
+        store_shared(at, FACTORS_AT, [scale * rstd], lane < OCTET)
+        store_shared(at, PULLS_AT, [rstd * rstd * Float32(1.0 / config.hidden_size)], lane < OCTET)
+        store_shared(at, D_LSE_AT, [d_lse], lane < self.tile.item_octets * OCTET)
+
     # Consumers
 
     def place(self, work: Work, warp: Int32, lane: Int32) -> Lane:
@@ -439,7 +489,7 @@ class Phase1BwdKernel:
         )
 
     @cute.jit
-    def consume(self, memory: Memory, work: Work, lane: Lane, statistics: Statistics, du: Int64, scale: Float32):
+    def consume(self, memory: Memory, work: Work, lane: Lane, du: Int64):
         items, tiles = self.config.items, self.warp_columns // 8
         sums = Sums(
             cute.make_rmem_tensor((2, tiles, self.config.octets), Float32),
@@ -447,21 +497,19 @@ class Phase1BwdKernel:
             cute.make_rmem_tensor((2,), Float32),
         )
         sums.du.fill(0.0)
-        r_statistics = cute.make_rmem_tensor((2 * len(self.statistics_pieces()) + 2,), Float32)
-        self.load_statistics(work, lane, statistics, self.item(Int32(0), 0), r_statistics)
         # One turn more than there are tokens: each part of the code is there once.
         for turn in cutlass.range(work.items + 1, unroll=1):
             if turn < work.items:
                 item = self.item(turn, 0)
                 self.products(memory, lane, item)
-                self.exchange(memory, work, lane, item, statistics, r_statistics, scale)
+                self.exchange(memory, work, lane, item)
             if turn > 0:
                 self.mix(memory, lane, self.item(turn - 1, items - 1), sums)
             if turn < work.items:
                 for number in cutlass.range_constexpr(1, items):
                     item = self.item(turn, number)
                     self.products(memory, lane, item)
-                    self.exchange(memory, work, lane, item, statistics, r_statistics, scale)
+                    self.exchange(memory, work, lane, item)
                     self.mix(memory, lane, self.item(turn, number - 1), sums)
         self.store_du(work, lane, du, sums.du)
 
@@ -526,20 +574,14 @@ class Phase1BwdKernel:
         for i, pair in enumerate(sums.octets()):
             store_shared(share + lane.lane * 8, i * 256, pair)
 
-    def exchange(
-        self, memory: Memory, work: Work, lane: Lane, item: Item, statistics, r_statistics, scale: Float32
-    ) -> None:
-        """Makes the warps' partial sums and statistics common; over a cluster, adds this warp's share of the sums up and
-        sends it to every CTA.
+    def exchange(self, memory: Memory, work: Work, lane: Lane, item: Item) -> None:
+        """Makes the warps' partial sums common; over a cluster, adds this warp's share of them up and sends it to every CTA.
 
         Why four buffers: a warp sends totals of item i + 4 after it has seen all totals of i + 2. Each CTA sent those
         after its barrier of i + 2, when all its warps were past their reads of totals i (or, in a cluster of one, of
         partial sums i). Over a cluster, partial sums i are read before the barrier of i + 1: two are enough.
         """
         config, tile = self.config, self.tile
-        self.store_statistics(memory, lane, item, r_statistics, scale)
-        following = self.item(item.turn + 1, 0) if item.last else self.item(item.turn, item.number + 1)
-        self.load_statistics(work, lane, statistics, following, r_statistics)
         cute.arch.barrier(barrier_id=CONSUMERS, number_of_threads=tile.warps * LANES)
         if tile.cluster == 1:
             return
@@ -558,58 +600,6 @@ class Phase1BwdKernel:
             total = [tree(add, [share[e] for share in shares]) for e in range(4)]
             barrier = memory.reduced_ready_address + buffer * 8
             store_cluster(reduced + at, barrier, lane.lane % tile.cluster, total, vector < end)
-
-    # Statistics: entry 8s + n of an item's p and logits belongs to query s of it and source n; the consumer threads take
-    # one or more each. The registers hold the next item's while this one's are in use.
-
-    def statistics_pieces(self) -> range:
-        return range(0, self.tile.item_octets * 64, self.tile.warps * LANES)
-
-    def load_statistics(
-        self, work: Work, lane: Lane, statistics: Statistics, item: Item, r_loaded: cute.Tensor
-    ) -> None:
-        """logit and lse of each of the thread's entries; rstd of source l and d_lse of query l for the last warp."""
-        config = self.config
-        sources, tokens = config.num_sources, Int64(work.tokens)
-        token = work.item(item.turn)
-        inside = token < work.tokens
-        for i, first in enumerate(self.statistics_pieces()):
-            entry = lane.warp * LANES + lane.lane + first
-            query, source = item.octets.start * OCTET + entry // OCTET, entry % OCTET
-            there = inside & (entry < len(item.octets) * 64) & (query < config.num_queries)
-            logit = statistics.logits + (Int64(query * sources + source) * tokens + token) * 4
-            r_loaded[2 * i] = load_scalar(logit, there & (source < sources))
-            r_loaded[2 * i + 1] = load_scalar(statistics.lse + (Int64(query) * tokens + token) * 4, there)
-        inside = inside & (lane.warp == self.tile.warps - 1)
-        rstd = statistics.rstd + (Int64(lane.lane) * tokens + token) * 4
-        # (No negative indices: the DSL takes them for offsets.)
-        last = 2 * len(self.statistics_pieces())
-        r_loaded[last] = load_scalar(rstd, inside & (lane.lane < sources))
-        r_loaded[last + 1] = Float32(0.0)
-        if config.d_lse:
-            query = item.octets.start * OCTET + lane.lane
-            there = inside & (lane.lane < len(item.octets) * OCTET) & (query < config.num_queries)
-            r_loaded[last + 1] = load_scalar(statistics.d_lse + (Int64(query) * tokens + token) * 4, there)
-
-    def store_statistics(self, memory: Memory, lane: Lane, item: Item, r_loaded: cute.Tensor, scale: Float32) -> None:
-        config = self.config
-        at = memory.statistics + item.index % BUFFERS * STATISTICS_BYTES
-        for i, first in enumerate(self.statistics_pieces()):
-            entry = lane.warp * LANES + lane.lane + first
-            query, source = item.octets.start * OCTET + entry // OCTET, entry % OCTET
-            logit, lse = r_loaded[2 * i], r_loaded[2 * i + 1]
-            there = (query < config.num_queries) & (source < config.num_sources)
-            p = select(there, exp_difference(logit, lse), Float32(0.0))
-            inside = entry < len(item.octets) * 64
-            store_shared(at + entry * 4, P_AT, [p], inside)
-            store_shared(at + entry * 4, LOGITS_AT, [logit], inside)
-        last = 2 * len(self.statistics_pieces())
-        rstd, d_lse = r_loaded[last], r_loaded[last + 1]
-        mine = lane.warp == self.tile.warps - 1
-        at = at + lane.lane * 4
-        store_shared(at, FACTORS_AT, [scale * rstd], mine & (lane.lane < OCTET))
-        store_shared(at, PULLS_AT, [rstd * rstd * Float32(1.0 / config.hidden_size)], mine & (lane.lane < OCTET))
-        store_shared(at, D_LSE_AT, [d_lse], mine & (lane.lane < len(item.octets) * OCTET))
 
     @cute.jit
     def announce_totals(self, memory: Memory, lane: Lane, buffer: Int32, size: cutlass.Constexpr):
@@ -633,6 +623,7 @@ class Phase1BwdKernel:
             cute.arch.mbarrier_wait(memory.reduced_ready + buffer, (item.index // BUFFERS) & 1)
         totals = totals + buffer * (shares * config.partial_bytes) + lane.lane * 8
         statistics = memory.statistics + buffer * STATISTICS_BYTES
+        cute.arch.mbarrier_wait(memory.statistics_full + buffer, (item.index // BUFFERS) & 1)
         factor = load_shared(Float32, statistics + lane.q * 8, FACTORS_AT, 2)
         ps, gs = [], []
         pull = [Float32(0.0)] * 2 if item.first else [sums.pull[e] for e in range(2)]
@@ -751,6 +742,7 @@ class Phase1BwdKernel:
         with cute.arch.elect_one():
             for index in released:
                 cute.arch.mbarrier_arrive(memory.outputs_empty + index)
+            cute.arch.mbarrier_arrive(memory.statistics_empty + item.index % BUFFERS)
             if item.last:
                 cute.arch.mbarrier_arrive(memory.sources_empty + source_index)
                 cute.arch.mbarrier_arrive(memory.staged + stage_index)
