@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attnres import backend as backends
 from attnres import checked_mode, contracts
-from attnres.registration import Operator, Outputs, needs_grad, no_gradients
+from attnres.registration import Operator, Outputs, empty_as, needs_grad, no_gradients
 
 
 def attn_res(
@@ -113,14 +113,14 @@ def _allocate(
     mixed = logits = rstd = lse = weights = None
     if save_statistics:
         tokens = math.prod(shape[:-1])
-        logits, rstd, lse = (
-            first.new_empty(s, dtype=torch.float32) for s in ((depth, tokens), (depth, tokens), (tokens,))
-        )
+        logits = first.new_empty((depth, tokens), dtype=torch.float32)
+        rstd, lse = empty_as(logits), first.new_empty(tokens, dtype=torch.float32)
         if save_mixed:
             mixed = first.new_empty((tokens, shape[-1]), dtype=torch.float32)
     if want_weights:
         weights = first.new_empty((depth, *shape[:-1]), dtype=torch.float32)
-    return first.new_empty(shape, dtype=out_dtype), mixed, logits, rstd, lse, weights
+    out = first.new_empty(shape, dtype=out_dtype) if stacked else empty_as(first, out_dtype)
+    return out, mixed, logits, rstd, lse, weights
 
 
 def forward(
@@ -224,9 +224,9 @@ def _allocate_gradients(
     scales: list[Tensor] | None = None,
 ) -> list[Tensor]:
     """d_sources, then d_query, d_key_weight and d_output_weight (empty where there is no such weight)."""
-    found = [source.new_empty(source.shape) for source in (*sources, query)]
+    found = [empty_as(tensor) for tensor in (*sources, query)]
     return found + [
-        query.new_empty(0) if weight is None else weight.new_empty(weight.shape)
+        query.new_empty(0) if weight is None else empty_as(weight)
         for weight in (key_weight, output_weight)
     ]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attnres import backend as backends
 from attnres import checked_mode, contracts
-from attnres.registration import Operator, Outputs, needs_grad
+from attnres.registration import Operator, Outputs, empty_as, needs_grad
 from attnres.scaled import ScaledTensor, new_stand_in
 
 
@@ -143,12 +143,12 @@ def _allocate(
         new_values = partial.new_empty(partial.shape, dtype=torch.float16)
         new_scale = inter_lse.new_empty(inter_lse.shape)
     elif delta is not None:
-        new_partial = partial.new_empty(partial.shape)
+        new_partial = empty_as(partial)
     return (
-        partial.new_empty(partial.shape, dtype=out_dtype),
+        empty_as(partial, out_dtype),
         new_partial,
-        inter_lse.new_empty(inter_lse.shape) if save_statistics else None,
-        inter_lse.new_empty(inter_lse.shape) if save_statistics else None,
+        empty_as(inter_lse) if save_statistics else None,
+        empty_as(inter_lse) if save_statistics else None,
         new_values,
         new_scale,
     )
@@ -296,9 +296,9 @@ def _allocate_gradients(
     inter_scale: Tensor | None = None,
 ) -> list[Tensor]:
     """d_partial, d_inter_out, d_inter_lse, d_query, d_key_weight, d_output_weight (the last two empty without such a weight)."""
-    found = [tensor.new_empty(tensor.shape) for tensor in (partial, inter_out, inter_lse, query)]
+    found = [empty_as(tensor) for tensor in (partial, inter_out, inter_lse, query)]
     return found + [
-        query.new_empty(0) if weight is None else weight.new_empty(weight.shape)
+        query.new_empty(0) if weight is None else empty_as(weight)
         for weight in (key_weight, output_weight)
     ]
 
