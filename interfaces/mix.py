@@ -226,8 +226,7 @@ def _allocate_gradients(
     """d_sources, then d_query, d_key_weight and d_output_weight (empty where there is no such weight)."""
     found = [empty_as(tensor) for tensor in (*sources, query)]
     return found + [
-        query.new_empty(0) if weight is None else empty_as(weight)
-        for weight in (key_weight, output_weight)
+        query.new_empty(0) if weight is None else empty_as(weight) for weight in (key_weight, output_weight)
     ]
 
 
@@ -344,15 +343,20 @@ def _save(ctx: Any, arguments: tuple[Any, ...], outputs: Outputs) -> None:
     )
     _, mixed, logits, rstd, lse, _ = outputs
     ctx.mark_non_differentiable(*(output for output in outputs[1:] if output is not None))
+    ctx.set_materialize_grads(False)  # else a launch fills zeros for each statistic
     saved = (query, key_weight, output_weight, mixed if save_mixed else None, logits, rstd, lse)
     ctx.save_for_backward(*saved, *sources, *(values or ()), *(scales or ()))
     ctx.options = (eps, scale, stacked, backend)
     ctx.count = len(sources)
 
 
-def _gradient(ctx: Any, backward: Callable[..., list[Tensor]], d_out: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
+def _gradient(
+    ctx: Any, backward: Callable[..., list[Tensor]], d_out: Tensor | None, *_: Tensor | None
+) -> tuple[Any, ...]:
     query, key_weight, output_weight, mixed, logits, rstd, lse, *tensors = ctx.saved_tensors
     sources, values, scales = contracts.thirds(tensors, ctx.count)
+    if d_out is None:
+        return (no_gradients(sources), *(None,) * 11, no_gradients(values), no_gradients(scales), None)
     found = backward(
         d_out, sources, query, key_weight, output_weight, mixed, logits, rstd, lse, *ctx.options, values, scales
     )

@@ -298,8 +298,7 @@ def _allocate_gradients(
     """d_partial, d_inter_out, d_inter_lse, d_query, d_key_weight, d_output_weight (the last two empty without such a weight)."""
     found = [empty_as(tensor) for tensor in (partial, inter_out, inter_lse, query)]
     return found + [
-        query.new_empty(0) if weight is None else empty_as(weight)
-        for weight in (key_weight, output_weight)
+        query.new_empty(0) if weight is None else empty_as(weight) for weight in (key_weight, output_weight)
     ]
 
 
