@@ -18,6 +18,7 @@ from torch import Tensor
 
 from attnres import dtypes, rounding
 from attnres.backend import MAX_SOURCES, Spec
+from attnres.registration import needs_grad
 from attnres.scaled import SCALED_FP16, ScaledTensor
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -229,7 +230,7 @@ def check_step(
             f"blocks is {describe(blocks)}; allowed is {_storage_name(prefix)} [T, blocks, D] with T = {tokens} and D = {size}"
         )
     for name, written, wanted in (("prefix", prefix, delta is not None), ("blocks", blocks, block_write_idx >= 0)):
-        if wanted and written.shape[0] > 1 and 0 in [part.stride(0) for part in memory(written)]:
+        if wanted and tokens > 1 and 0 in [part.stride(0) for part in memory(written)]:
             raise ValueError(
                 f"{name} is expanded (stride 0 over tokens) and is written in place; pass memory of its own"
             )
@@ -251,8 +252,7 @@ def check_step(
     _out_dtype(out_dtype, prefix)
     _of_new_sum("stochastic_seed", stochastic_seed, delta)
     _seed(stochastic_seed, prefix.dtype, SCALED_FP16 if isinstance(prefix, ScaledTensor) else None)
-    given = (prefix, delta, blocks, norm_weight, qk_weight, output_norm_weight)
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in given):
+    if needs_grad(prefix, delta, blocks, norm_weight, qk_weight, output_norm_weight):
         raise ValueError(
             "attn_res_step works in place and has no gradient, but an argument requires grad; call it under torch.no_grad() or "
             "torch.inference_mode(), or use attn_res"
@@ -478,7 +478,7 @@ def _floating(name: str, value: Any, reference: Rows | None) -> None:
         raise ValueError(f"{name} has layout {value.layout}; allowed is torch.strided")
     if reference is not None:
         _same_device(name, value, reference)
-    if value.dim() and value.shape[-1] > 1 and value.stride(-1) != 1:
+    if value.dim() and value.stride()[-1] != 1 and value.shape[-1] > 1:
         raise ValueError(
             f"{name} has stride {value.stride(-1)} in its last dimension; allowed is 1: call {name}.contiguous()"
         )

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnres.scaled import ScaledTensor
+
 Outputs = tuple[Any, ...]  # tensors; None where one is not wanted
 
 _library = torch.library.Library("attnres", "FRAGMENT")
@@ -122,7 +124,7 @@ def no_gradients(tensors: list[Tensor] | None) -> list[None] | None:
     return None if tensors is None else [None] * len(tensors)
 
 
-def needs_grad(*tensors: Tensor | None) -> bool:
+def needs_grad(*tensors: Tensor | ScaledTensor | None) -> bool:
     """Whether autograd will want a gradient of any of them."""
     if torch.is_grad_enabled():
         for tensor in tensors:  # any() of a generator would take twice as long
