@@ -98,18 +98,18 @@ def phase1_fwd(
             out_scale is not None,
         )
         outputs = Phase1Outputs(
-            out=out[first].data_ptr(),
-            out_scale=0 if out_scale is None else out_scale[first].data_ptr(),
-            lse=lse[first].data_ptr(),
-            logits=0 if logits is None else logits[first].data_ptr(),
+            out=address_of(out, first),
+            out_scale=address_of(out_scale, first),
+            lse=address_of(lse, first),
+            logits=address_of(logits, first),
             rstd=address(wanted_rstd),
         )
         kernel(
             addresses,
             strides,
-            queries[first].data_ptr(),
+            address_of(queries, first),
             queries.stride(0),
-            0 if key_weights is None else key_weights[first].data_ptr(),
+            address_of(key_weights, first),
             0 if key_weights is None else key_weights.stride(0),
             outputs,
             tokens,
@@ -119,6 +119,11 @@ def phase1_fwd(
             stream,
         )
         first += config.num_queries
+
+
+def address_of(tensor: torch.Tensor | None, index: int) -> int:
+    """Of tensor[index], without making it."""
+    return 0 if tensor is None else tensor.data_ptr() + index * tensor.stride(0) * tensor.element_size()
 
 
 def aligned(parameter: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ Nothing is cast or copied to make an argument fit.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from attnres import dtypes, rounding
 from attnres.backend import MAX_SOURCES, Spec
+from attnres.registration import needs_grad
 from attnres.scaled import SCALED_FP16, ScaledTensor
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -228,7 +230,7 @@ def check_step(
             f"blocks is {describe(blocks)}; allowed is {_storage_name(prefix)} [T, blocks, D] with T = {tokens} and D = {size}"
         )
     for name, written, wanted in (("prefix", prefix, delta is not None), ("blocks", blocks, block_write_idx >= 0)):
-        if wanted and written.shape[0] > 1 and 0 in [part.stride(0) for part in memory(written)]:
+        if wanted and tokens > 1 and 0 in [part.stride(0) for part in memory(written)]:
             raise ValueError(
                 f"{name} is expanded (stride 0 over tokens) and is written in place; pass memory of its own"
             )
@@ -250,8 +252,7 @@ def check_step(
     _out_dtype(out_dtype, prefix)
     _of_new_sum("stochastic_seed", stochastic_seed, delta)
     _seed(stochastic_seed, prefix.dtype, SCALED_FP16 if isinstance(prefix, ScaledTensor) else None)
-    given = (prefix, delta, blocks, norm_weight, qk_weight, output_norm_weight)
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in given):
+    if needs_grad(prefix, delta, blocks, norm_weight, qk_weight, output_norm_weight):
         raise ValueError(
             "attn_res_step works in place and has no gradient, but an argument requires grad; call it under torch.no_grad() or "
             "torch.inference_mode(), or use attn_res"
@@ -270,7 +271,8 @@ def vector(tensor: Tensor) -> Tensor:
 
 def unstack(sources: list[Tensor], stacked: bool) -> list[Tensor]:
     """Checked sources as rows: L views [T, D]."""
-    return [rows(source) for source in (sources[0].unbind(0) if stacked else sources)]
+    each = sources[0].unbind(0) if stacked else sources
+    return list(each) if each[0].dim() == 2 else [rows(source) for source in each]
 
 
 def unstack_scales(scales: list[Tensor] | None, stacked: bool) -> list[Tensor] | None:
@@ -322,14 +324,17 @@ def spec(
     stored: Sequence[torch.dtype] = (),
     scaled: bool = False,
     seed: int | None = None,
+    more: tuple[str, ...] = (),
+    stride: int = 0,
 ) -> Spec:
     """What the backends are asked about a launch; `tensors` are its storage tensors, as rows [T, D].
 
-    stored: the dtypes of those that the launch's caller allocates, contiguous.
+    stored: the dtypes of those that the launch's caller allocates, contiguous. more: further features (dtypes.features).
+    stride: one more, from row to row of a tensor.
     """
-    first, alignment = tensors[0], byte_alignment(tensors)
-    features = dtypes.features({*stored, *[tensor.dtype for tensor in tensors]}, scaled, seed)
-    return Spec(op, first.device, first.dtype, first.shape[-1], num_sources, num_queries, alignment, features)
+    first, alignment = tensors[0], byte_alignment(tensors, stride)
+    features = dtypes.features({*stored, *[tensor.dtype for tensor in tensors]}, scaled, seed, more)
+    return _spec(op, first.device, first.dtype, first.shape[-1], num_sources, num_queries, alignment, features)
 
 
 def step_spec(
@@ -343,17 +348,23 @@ def step_spec(
     seed: int | None = None,
 ) -> Spec:
     """`spec` of the serving step."""
-    tensors = [prefix, *blocks[:, :2].unbind(1)]  # two blocks tell the alignment of the block stride
-    given = tensors if delta is None else [*tensors, delta]
-    return spec("serve_step", given, num_blocks + 1, stored=stored, scaled=scaled, seed=seed)
+    tensors = [prefix, blocks] if delta is None else [prefix, blocks, delta]
+    stride = blocks.stride(1) if blocks.shape[1] > 1 else 0
+    return spec("serve_step", tensors, num_blocks + 1, stored=stored, scaled=scaled, seed=seed, stride=stride)
 
 
-def byte_alignment(tensors: Sequence[Tensor]) -> int:
-    """The largest power of two, 16 at most, that divides every row's address of the tensors [T, D], of one dtype."""
-    bits, strides = 16, 0
+_spec = functools.lru_cache(maxsize=4096)(Spec)  # a frozen dataclass takes a microsecond to make
+
+
+def byte_alignment(tensors: Sequence[Tensor], stride: int = 0) -> int:
+    """The largest power of two, 16 at most, that divides every row's address of the tensors [T, ..., D], of one dtype.
+
+    stride: one more than those of their first dimensions.
+    """
+    bits, strides = 16, stride
     for tensor in tensors:
         bits |= tensor.data_ptr()
-        strides |= tensor.stride(0)
+        strides |= tensor.stride()[0]  # stride(0) takes twice as long
     bits |= strides * tensors[0].element_size()
     return bits & -bits
 
@@ -381,9 +392,28 @@ def _sources(name: str, value: Any) -> tuple[list[Rows], Rows]:
     _count(name, len(value))
     first = value[0]
     _storage(f"{name}[0]", first)
-    for i in range(1, len(value)):
-        _like(f"{name}[{i}]", value[i], f"{name}[0]", first)
+    for i, source in _unlike(value, first):
+        _like(f"{name}[{i}]", source, f"{name}[0]", first)
     return list(value), first
+
+
+def _unlike(sources: Sequence[Any], first: Rows) -> list[tuple[int, Any]]:
+    """The sources that are not at once seen to be as the first, which has been checked: half the host time of `_like` of each."""
+    if isinstance(first, ScaledTensor):
+        return list(enumerate(sources))[1:]
+    shape, strides, dtype, layout, device = first.shape, first.stride(), first.dtype, first.layout, first.device
+    return [
+        (i, source)
+        for i, source in enumerate(sources)
+        if not (
+            isinstance(source, Tensor)
+            and source.layout == layout
+            and source.dtype == dtype
+            and source.shape == shape
+            and source.stride() == strides
+            and source.device == device
+        )
+    ]
 
 
 def _count(name: str, count: int) -> None:
@@ -450,7 +480,7 @@ def _floating(name: str, value: Any, reference: Rows | None) -> None:
         raise ValueError(f"{name} has layout {value.layout}; allowed is torch.strided")
     if reference is not None:
         _same_device(name, value, reference)
-    if value.dim() and value.shape[-1] > 1 and value.stride(-1) != 1:
+    if value.dim() and value.stride()[-1] != 1 and value.shape[-1] > 1:
         raise ValueError(
             f"{name} has stride {value.stride(-1)} in its last dimension; allowed is 1: call {name}.contiguous()"
         )

@@ -55,10 +55,22 @@ def check(storage: str, column: str, argument: str, found: str) -> None:
         raise ValueError(f"{argument} is {found}; allowed with {row}")
 
 
-def features(storage: set[torch.dtype], scaled: bool = False, seed: int | None = None) -> tuple[str, ...]:
+def features(
+    storage: set[torch.dtype], scaled: bool = False, seed: int | None = None, more: tuple[str, ...] = ()
+) -> tuple[str, ...]:
     """What a launch asks for beyond one dtype of all its storage tensors: what `Spec.features` has."""
-    if len(storage) == 1 and not scaled and seed is None:
+    if len(storage) == 1 and not scaled and seed is None and not more:
         return ()
     mixed = ("mixed storage dtypes",) * (len(storage) > 1)
     wide = ("float32 beside 16-bit storage",) * (len(storage) > 1 and torch.float32 in storage)
-    return (*mixed, *wide, *("scaled fp16",) * scaled, *("stochastic rounding",) * (seed is not None))
+    return (*mixed, *wide, *("scaled fp16",) * scaled, *more, *("stochastic rounding",) * (seed is not None))
+
+
+def scaled_sources(scaled: bool) -> tuple[str, ...]:
+    """For `features`, beside `scaled`: whether it is the sources that are."""
+    return ("sources of scaled fp16",) * scaled
+
+
+def mixed_gradients(*found: torch.dtype) -> tuple[str, ...]:
+    """For `features`: of the gradients that a launch reads and writes."""
+    return ("gradients of several dtypes",) * (len(set(found)) > 1)

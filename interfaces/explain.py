@@ -7,8 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from attnres import backend as backends
-from attnres import contracts
+from attnres import contracts, dtypes
 from attnres.mix import attn_res
 from attnres.phase1 import phase_1
 from attnres.phase2 import phase_2
@@ -78,10 +80,30 @@ def _of_sources(
 ) -> list[backends.Spec]:
     stand_ins, values, scales = contracts.parts(sources)
     rows = contracts.unstack(values or stand_ins, stacked)
-    scaled, seed = scales is not None or arguments.get("storage") is not None, arguments.get("stochastic_seed")
-    # the gradients of plain sources have their dtype
-    stored = (arguments["out_dtype"] or stand_ins[0].dtype,)
-    return [contracts.spec(op, rows, len(rows), num_queries, stored=stored, scaled=scaled, seed=seed) for op in ops]
+    scaled, seed = scales is not None, arguments.get("stochastic_seed")
+    more = dtypes.scaled_sources(scaled)
+    gradients = (arguments["out_dtype"] or stand_ins[0].dtype, stand_ins[0].dtype)
+    forward, backward = ops
+    stored, scaled_out = gradients[:1], arguments.get("storage") is not None
+    common: dict[str, Any] = {"num_sources": len(rows), "num_queries": num_queries, "seed": seed}
+    return [
+        contracts.spec(
+            forward,
+            rows,
+            stored=(torch.float16,) if scaled_out else stored,
+            scaled=scaled or scaled_out,
+            more=more,
+            **common,
+        ),
+        contracts.spec(
+            backward,
+            rows,
+            stored=gradients,
+            scaled=scaled,
+            more=more + (dtypes.mixed_gradients(*gradients) if backward == "mix_bwd" else ()),
+            **common,
+        ),
+    ]
 
 
 def _phase_2_specs(arguments: dict[str, Any]) -> list[backends.Spec]:
@@ -89,10 +111,13 @@ def _phase_2_specs(arguments: dict[str, Any]) -> list[backends.Spec]:
     given = [arguments[name] for name in ("partial_sum", "inter_out", "delta") if arguments[name] is not None]
     rows = [contracts.rows(contracts.memory(tensor)[0]) for tensor in given]
     stored = (arguments["out_dtype"] or given[0].dtype,)
+    gradients = (*stored, given[0].dtype, given[1].dtype)
     scaled = arguments["storage"] is not None or any(isinstance(tensor, ScaledTensor) for tensor in given)
     return [
         contracts.spec("phase2_fwd", rows, stored=stored, scaled=scaled, seed=arguments["stochastic_seed"]),
-        contracts.spec("phase2_bwd", rows[:2], stored=stored, scaled=scaled),
+        contracts.spec(
+            "phase2_bwd", rows[:2], stored=gradients, scaled=scaled, more=dtypes.mixed_gradients(*gradients)
+        ),
     ]
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from attnres import backend as backends
-from attnres import checked_mode, contracts
-from attnres.registration import Operator, Outputs, needs_grad, no_gradients
+from attnres import checked_mode, contracts, dtypes
+from attnres.registration import Operator, Outputs, empty_as, needs_grad, no_gradients
 
 
 def attn_res(
@@ -113,14 +113,14 @@ def _allocate(
     mixed = logits = rstd = lse = weights = None
     if save_statistics:
         tokens = math.prod(shape[:-1])
-        logits, rstd, lse = (
-            first.new_empty(s, dtype=torch.float32) for s in ((depth, tokens), (depth, tokens), (tokens,))
-        )
+        logits = first.new_empty((depth, tokens), dtype=torch.float32)
+        rstd, lse = empty_as(logits), first.new_empty(tokens, dtype=torch.float32)
         if save_mixed:
             mixed = first.new_empty((tokens, shape[-1]), dtype=torch.float32)
     if want_weights:
         weights = first.new_empty((depth, *shape[:-1]), dtype=torch.float32)
-    return first.new_empty(shape, dtype=out_dtype), mixed, logits, rstd, lse, weights
+    out = first.new_empty(shape, dtype=out_dtype) if stacked else empty_as(first, out_dtype)
+    return out, mixed, logits, rstd, lse, weights
 
 
 def forward(
@@ -158,7 +158,9 @@ def forward(
     out, *statistics, weights = outputs
     rows, out = contracts.unstack(values or sources, stacked), contracts.rows(out)
     row_scales = contracts.unstack_scales(scales, stacked)
-    asked = contracts.spec("mix_fwd", rows, len(rows), stored=(out.dtype,), scaled=scales is not None)
+    scaled = scales is not None
+    more = dtypes.scaled_sources(scaled)
+    asked = contracts.spec("mix_fwd", rows, len(rows), stored=(out.dtype,), scaled=scaled, more=more)
     name = backends.choose(asked, (backend, origin))
     tokens = rows[0].shape[0]
     if tokens == 0:
@@ -224,10 +226,9 @@ def _allocate_gradients(
     scales: list[Tensor] | None = None,
 ) -> list[Tensor]:
     """d_sources, then d_query, d_key_weight and d_output_weight (empty where there is no such weight)."""
-    found = [source.new_empty(source.shape) for source in (*sources, query)]
+    found = [empty_as(tensor) for tensor in (*sources, query)]
     return found + [
-        query.new_empty(0) if weight is None else weight.new_empty(weight.shape)
-        for weight in (key_weight, output_weight)
+        query.new_empty(0) if weight is None else empty_as(weight) for weight in (key_weight, output_weight)
     ]
 
 
@@ -303,7 +304,9 @@ def fill_gradients(
     query, d_query = contracts.vector(query), contracts.vector(d_query)
     d_key = None if key_weight is None else d_key_weight
     d_output = None if output_weight is None else d_output_weight
-    asked = contracts.spec("mix_bwd", [d_out, *rows, *d_rows], len(rows), scaled=scales is not None)
+    scaled = scales is not None
+    more = dtypes.scaled_sources(scaled) + dtypes.mixed_gradients(d_out.dtype, d_rows[0].dtype)
+    asked = contracts.spec("mix_bwd", [d_out, *rows, *d_rows], len(rows), scaled=scaled, more=more)
     name = backends.choose_backward(asked, backend)
     backends.launch(
         "mix_bwd",
@@ -344,15 +347,20 @@ def _save(ctx: Any, arguments: tuple[Any, ...], outputs: Outputs) -> None:
     )
     _, mixed, logits, rstd, lse, _ = outputs
     ctx.mark_non_differentiable(*(output for output in outputs[1:] if output is not None))
+    ctx.set_materialize_grads(False)  # else a launch fills zeros for each statistic
     saved = (query, key_weight, output_weight, mixed if save_mixed else None, logits, rstd, lse)
     ctx.save_for_backward(*saved, *sources, *(values or ()), *(scales or ()))
     ctx.options = (eps, scale, stacked, backend)
     ctx.count = len(sources)
 
 
-def _gradient(ctx: Any, backward: Callable[..., list[Tensor]], d_out: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
+def _gradient(
+    ctx: Any, backward: Callable[..., list[Tensor]], d_out: Tensor | None, *_: Tensor | None
+) -> tuple[Any, ...]:
     query, key_weight, output_weight, mixed, logits, rstd, lse, *tensors = ctx.saved_tensors
     sources, values, scales = contracts.thirds(tensors, ctx.count)
+    if d_out is None:
+        return (no_gradients(sources), *(None,) * 11, no_gradients(values), no_gradients(scales), None)
     found = backward(
         d_out, sources, query, key_weight, output_weight, mixed, logits, rstd, lse, *ctx.options, values, scales
     )

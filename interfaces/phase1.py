@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from attnres import backend as backends
-from attnres import checked_mode, contracts
-from attnres.registration import Operator, Outputs, needs_grad, no_gradients
+from attnres import checked_mode, contracts, dtypes
+from attnres.registration import Operator, Outputs, empty_as, needs_grad, no_gradients
 from attnres.scaled import ScaledTensor, new_stand_in
 
 
@@ -174,10 +174,14 @@ def fill_outputs(
     out, lse, logits, rstd, out_values, out_scale = outputs
     rows, row_scales = contracts.unstack(values or sources, stacked), contracts.unstack_scales(scales, stacked)
     sites, (tokens, size) = queries.shape[0], rows[0].shape
-    out, lse = (out if out_values is None else out_values).view(sites, tokens, size), lse.view(sites, tokens)
+    out = out if out_values is None else out_values
+    if lse.dim() != 2:
+        out, lse = out.view(sites, tokens, size), lse.view(sites, tokens)
     out_scale = None if out_scale is None else out_scale.view(sites, tokens)
     scaled = scales is not None or out_scale is not None
-    asked = contracts.spec("phase1_fwd", rows, len(rows), sites, stored=(out.dtype,), scaled=scaled, seed=seed)
+    more = dtypes.scaled_sources(scales is not None)
+    options: dict[str, Any] = {"stored": (out.dtype,), "scaled": scaled, "seed": seed, "more": more}
+    asked = contracts.spec("phase1_fwd", rows, len(rows), sites, **options)
     name = backends.choose(asked, (backend, origin))
     if tokens == 0:
         return
@@ -245,8 +249,8 @@ def _allocate_gradients(
     seed: int | None = None,
 ) -> list[Tensor]:
     """d_sources, then d_queries and d_key_weights (empty where there is no weight)."""
-    d_weights = queries.new_empty(0) if key_weights is None else key_weights.new_empty(key_weights.shape)
-    return [*(source.new_empty(source.shape) for source in sources), queries.new_empty(queries.shape), d_weights]
+    d_weights = queries.new_empty(0) if key_weights is None else empty_as(key_weights)
+    return [*map(empty_as, sources), empty_as(queries), d_weights]
 
 
 def _backward(
@@ -316,7 +320,9 @@ def fill_gradients(
     if key_weights is not None:  # a shared weight's gradient is the sum over sites of fp32 rows
         d_weights = d_key_weights if key_weights.dim() == 2 else queries.new_empty(queries.shape, dtype=torch.float32)
     storage = [*d_out.unbind(0), *rows, *d_rows]
-    asked = contracts.spec("phase1_bwd", storage, len(rows), sites, scaled=scales is not None, seed=seed)
+    scaled = scales is not None
+    more = dtypes.scaled_sources(scaled)
+    asked = contracts.spec("phase1_bwd", storage, len(rows), sites, scaled=scaled, seed=seed, more=more)
     name = backends.choose_backward(asked, backend)
     backends.launch(
         "phase1_bwd",

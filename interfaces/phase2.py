@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from attnres import backend as backends
-from attnres import checked_mode, contracts
-from attnres.registration import Operator, Outputs, needs_grad
+from attnres import checked_mode, contracts, dtypes
+from attnres.registration import Operator, Outputs, empty_as, needs_grad
 from attnres.scaled import ScaledTensor, new_stand_in
 
 
@@ -143,12 +143,12 @@ def _allocate(
         new_values = partial.new_empty(partial.shape, dtype=torch.float16)
         new_scale = inter_lse.new_empty(inter_lse.shape)
     elif delta is not None:
-        new_partial = partial.new_empty(partial.shape)
+        new_partial = empty_as(partial)
     return (
-        partial.new_empty(partial.shape, dtype=out_dtype),
+        empty_as(partial, out_dtype),
         new_partial,
-        inter_lse.new_empty(inter_lse.shape) if save_statistics else None,
-        inter_lse.new_empty(inter_lse.shape) if save_statistics else None,
+        empty_as(inter_lse) if save_statistics else None,
+        empty_as(inter_lse) if save_statistics else None,
         new_values,
         new_scale,
     )
@@ -296,10 +296,9 @@ def _allocate_gradients(
     inter_scale: Tensor | None = None,
 ) -> list[Tensor]:
     """d_partial, d_inter_out, d_inter_lse, d_query, d_key_weight, d_output_weight (the last two empty without such a weight)."""
-    found = [tensor.new_empty(tensor.shape) for tensor in (partial, inter_out, inter_lse, query)]
+    found = [empty_as(tensor) for tensor in (partial, inter_out, inter_lse, query)]
     return found + [
-        query.new_empty(0) if weight is None else weight.new_empty(weight.shape)
-        for weight in (key_weight, output_weight)
+        query.new_empty(0) if weight is None else empty_as(weight) for weight in (key_weight, output_weight)
     ]
 
 
@@ -403,7 +402,9 @@ def fill_gradients(
     d_output = None if output_weight is None else d_output_weight
     storage = [d_out, partial, inter_out, d_partial, d_inter_out] + ([] if d_new_partial is None else [d_new_partial])
     scaled = any(value is not None for value in scales)
-    name = backends.choose_backward(contracts.spec("phase2_bwd", storage, scaled=scaled), backend)
+    given = [] if d_new_partial is None else [d_new_partial.dtype]
+    more = dtypes.mixed_gradients(d_out.dtype, d_partial.dtype, d_inter_out.dtype, *given)
+    name = backends.choose_backward(contracts.spec("phase2_bwd", storage, scaled=scaled, more=more), backend)
     backends.launch(
         "phase2_bwd",
         name,

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnres.scaled import ScaledTensor
+
 Outputs = tuple[Any, ...]  # tensors; None where one is not wanted
 
 _library = torch.library.Library("attnres", "FRAGMENT")
@@ -113,10 +115,19 @@ def register(name: str, schema: str, implementation: Callable[..., Any], fake: C
     torch.library.register_fake(f"attnres::{name}", fake, lib=_library)
 
 
+def empty_as(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A contiguous tensor of its shape and device: new_empty in half the host time."""
+    return torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
+
+
 def no_gradients(tensors: list[Tensor] | None) -> list[None] | None:
     return None if tensors is None else [None] * len(tensors)
 
 
-def needs_grad(*tensors: Tensor | None) -> bool:
+def needs_grad(*tensors: Tensor | ScaledTensor | None) -> bool:
     """Whether autograd will want a gradient of any of them."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:  # any() of a generator would take twice as long
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False

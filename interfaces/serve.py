@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attnres import backend as backends
 from attnres import checked_mode, contracts
-from attnres.registration import register
+from attnres.registration import empty_as, register
 
 
 def attn_res_step(
@@ -112,7 +112,7 @@ def _step(
     out_dtype: torch.dtype | None = None,
     seed: int | None = None,
 ) -> Tensor:
-    out = prefix.new_empty(prefix.shape, dtype=out_dtype)
+    out = empty_as(prefix, out_dtype)
     asked = contracts.step_spec(
         prefix, delta, blocks, num_blocks, stored=(out.dtype,), scaled=prefix_scale is not None, seed=seed
     )

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import attnres
 from attnres import backend as backends
-from attnres import checked_mode, dtypes, inputs, numerics, oracle, report
+from attnres import checked_mode, contracts, dtypes, inputs, numerics, oracle, report
 from attnres.inputs import Shape
 
 OPS = ("mix", "phase1", "phase2", "step")
@@ -291,6 +292,50 @@ BAD_MIX: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]
 
 
+UNLIKE: dict[str, tuple[Any, type[Exception], str]] = {
+    "dtype": (torch.zeros(4, 16, dtype=torch.float16), ValueError, "is float16"),
+    "tokens": (torch.zeros(5, 16), ValueError, r"is float32 \[5, 16\]"),
+    "size": (torch.zeros(4, 17), ValueError, r"is float32 \[4, 17\]"),
+    "rank": (torch.zeros(2, 2, 16), ValueError, r"is float32 \[2, 2, 16\]"),
+    "strides": (torch.zeros(16, 4).t(), ValueError, "has stride 4 in its last dimension"),
+    "device": (torch.zeros(4, 16, device="meta"), ValueError, "is on meta"),
+    "layout": (torch.zeros(4, 16).to_sparse(), ValueError, "has layout torch.sparse_coo"),
+    "type": (torch.zeros(4, 16).numpy(), TypeError, "is a ndarray"),
+}
+
+
+@pytest.mark.parametrize("place", [1, 2])
+@pytest.mark.parametrize("unlike", list(UNLIKE))
+def test_one_source_that_differs_after_a_good_call(unlike: str, place: int, ran: list[Any]) -> None:
+    query, sources = torch.randn(16), [torch.randn(4, 16) for _ in range(3)]
+    attnres.attn_res(query, sources)
+    attnres.phase_1(sources, query[None], 1e-6)
+    ran.clear()
+    sources[place], error, message = UNLIKE[unlike]
+    with pytest.raises(error, match=rf"residuals\[{place}\] {message}"):
+        attnres.attn_res(query, sources)
+    with pytest.raises(error, match=rf"block_representations\[{place}\] {message}"):
+        attnres.phase_1(sources, query[None], 1e-6)
+    assert not ran
+
+
+def test_sources_may_have_row_strides_of_their_own() -> None:
+    query, sources = torch.randn(16), [torch.randn(4, 16) for _ in range(3)]
+    padded = [sources[0], torch.randn(4, 24)[:, :16].copy_(sources[1]), sources[2]]
+    assert attnres.attn_res(query, padded).equal(attnres.attn_res(query, sources))
+
+
+@pytest.mark.parametrize(
+    ("offset", "pad", "blocks", "found"),
+    [(0, 0, 2, 16), (0, 1, 2, 2), (0, 4, 2, 8), (1, 0, 2, 2), (4, 0, 1, 8), (0, 0, 0, 16)],
+)
+def test_alignment_of_a_step(offset: int, pad: int, blocks: int, found: int) -> None:
+    memory = torch.zeros(1024, dtype=torch.bfloat16)
+    stored = memory.as_strided((4, blocks, 16), (128, 16 + pad, 1), offset)
+    spec = contracts.step_spec(memory[:64].view(4, 16), None, stored, 0)
+    assert spec.byte_alignment == found
+
+
 @pytest.mark.parametrize(("change", "error", "message"), BAD_MIX, ids=[str(i) for i in range(len(BAD_MIX))])
 def test_bad_mix_arguments(change: dict[str, Any], error: type[Exception], message: str, ran: list[Any]) -> None:
     with pytest.raises(error, match=message):
@@ -556,6 +601,38 @@ def test_expanded_and_strided_upstream_gradients() -> None:
     expanded, source.grad = source.grad, None
     attnres.attn_res(query, [source, source.detach() + 1]).backward(torch.ones(24, 4).t())
     assert torch.equal(expanded, source.grad)
+
+
+def test_the_gradient_of_the_mix_fills_no_zeros() -> None:
+    """autograd makes zeros for the statistics, a launch each, unless it is told not to."""
+    seen: list[str] = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    sources = [torch.randn(4, 16, requires_grad=True) for _ in range(3)]
+    out = attnres.attn_res(torch.randn(16), sources, backend="triton")
+    with Record():
+        torch.autograd.grad(out, sources, torch.ones_like(out))
+    assert "aten::empty_like" in seen
+    assert not {"aten::zeros", "aten::zero_", "aten::new_zeros"} & set(seen)
+
+
+def test_a_mix_without_upstream_gradient_has_none() -> None:
+    class Stop(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> None:
+            return None
+
+    source = torch.randn(4, 16, requires_grad=True)
+    Stop.apply(attnres.attn_res(torch.randn(16), [source, source.detach()])).sum().backward()
+    assert source.grad is None
 
 
 @pytest.mark.parametrize("keep", ["out", "lse"])
