@@ -24,7 +24,7 @@ MAX_WARPS = 8
 # Of a consumer's 232 to 255 registers, what query fragments may take; the rest holds accumulators, weights and
 # addresses.
 QUERY_REGISTERS = 128
-MAX_WAITING = 4  # octets of queries times groups of sources with scaled output
+MAX_WAITING = 3  # octets of queries times groups of sources with scaled output
 RUN_BYTES = 512  # shorter bulk stores lost time (measured on an H200: 256-byte rows were slower than 16-byte stores)
 # A ring holds three or four tokens (measured on an H200: more did not help), and at least this much, which hides the
 # latency of device memory.
@@ -261,8 +261,8 @@ def phase1_config(
     parts[0] = num_queries
     for queries, clusters in [*((part, (1, 2, 4)) for part in parts), *((part, (8,)) for part in parts)]:
         shape = Shape(hidden_size, num_sources, queries, terms, scaled_out)
-        # Weights wait for the peaks in registers.
-        if scaled_out and shape.octets * shape.groups > MAX_WAITING:
+        # Weights wait for the peaks in registers: four octets of them spilled at D 4096, N 16, fp32 queries.
+        if scaled_out and shape.octets > 1 and shape.octets * shape.groups > MAX_WAITING:
             continue
         tiles = [tile for tile in (_tile(shape, cluster) for cluster in clusters) if tile]
         if tiles:

@@ -195,9 +195,16 @@ def test_cute_refuses_what_it_has_no_kernel_for() -> None:
         ({"storage": {FP16}, "scaled": True, "seed": 1}, "serve_step has no CuTe kernel yet for scaled fp16"),
     ):
         assert expected in str(cute_config.refusal(**call, features=dtypes.features(**options)))
-    for op in ("mix_fwd", "mix_bwd", "phase2_bwd"):
+    everything = ("mixed storage dtypes", "scaled fp16", "sources of scaled fp16", "gradients of several dtypes")
+    for op, missing in (
+        ("mix_fwd", (*everything, "stochastic rounding")),
+        ("mix_bwd", (everything[3], "stochastic rounding")),
+        ("phase1_fwd", (*everything[2:], "stochastic rounding")),
+        ("phase1_bwd", (*everything, "stochastic rounding")),
+        ("phase2_bwd", (*everything[2:], "stochastic rounding")),
+    ):
         call["op"] = op
-        for feature in ("mixed storage dtypes", "scaled fp16", "stochastic rounding"):
+        for feature in missing:
             assert f"{op} has no CuTe kernel yet for {feature}" == cute_config.refusal(**call, features=(feature,))
 
 
@@ -537,4 +544,10 @@ def test_backends_are_told_what_a_call_asks_for(monkeypatch: pytest.MonkeyPatch)
     found = [spec.features for spec in asked]
     mixed, scaled = "mixed storage dtypes", "scaled fp16"
     wide = "float32 beside 16-bit storage"
-    assert found == [(), (mixed, wide), (mixed, scaled), (mixed, scaled), ("stochastic rounding",)]
+    assert found == [
+        (),
+        (mixed, wide),
+        (mixed, scaled, "sources of scaled fp16"),
+        (mixed, scaled),
+        ("stochastic rounding",),
+    ]
