@@ -479,6 +479,27 @@ def test_every_operation_takes_it_on_the_gpu(op: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(
+    "shape", [Shape(1, 7168, 9, 12), Shape(257, 2304, 5, 8), Shape(300, 384, 9, 24), Shape(129, 7168, 8, 24)]
+)
+def test_hopper_makes_it_and_takes_its_gradients(shape: Shape, ran: list[tuple[str, str]]) -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the CuTe kernels need a Hopper GPU")
+    case = inputs.make_case("phase1", shape, dtype="bf16/fp32", device="cuda", seed=3)
+    results, again = (
+        call("phase1", case.arguments, case.grad_outputs, backend="cute", storage=SCALED_FP16) for _ in range(2)
+    )
+    assert broken("phase1", case, results, storage=SCALED_FP16) == {}
+    assert torch.equal(results["out"].values, again["out"].values)
+    assert torch.equal(results["out"].scale, again["out"].scale)
+    for op in ("phase2", "mix"):
+        case = scaled_case(op, shape, "cuda")
+        assert broken(op, case, call(op, case.arguments, case.grad_outputs, backend="auto")) == {}
+    launches = {("phase1_fwd", "cute"), ("phase2_fwd", "cute"), ("phase2_bwd", "cute"), ("mix_bwd", "cute")}
+    assert launches <= set(ran)
+
+
+@pytest.mark.gpu
 def test_auto_takes_triton_for_what_cute_has_no_kernel_for(ran: list[tuple[str, str]]) -> None:
     sources = [ScaledTensor.from_tensor(rows(4, 64).cuda())]
     attnres.attn_res(torch.zeros(64, device="cuda"), sources, backend="auto")
