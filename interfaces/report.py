@@ -5,7 +5,8 @@ floor.
 gradient by numerics.py; then it compares the backends with each other on the same inputs. A backend that refuses a
 case gets a row with its reason, which is no error unless no backend of the run takes the case. Where CuTe cannot run,
 every one of its kernels is compiled for sm_90a instead and its registers, spills and shared memory are reported; a
-spill is a broken row. Where captured activations are run, precision.py tells what 16-bit storage would lose of them.
+spill is a broken row. Where captured activations are run, precision.py tells what 16-bit storage would lose of them, and
+storage.py what a storage format costs two phases: scaled fp16 at most a quarter of bf16's error.
 
 Not worse than Triton means: CuTe's error is at most 1 % above the larger of Triton's error and the floor, plus the
 error of plain float32 evaluation. Two kernels that are equally good differ by that much: a 16-bit result rounds
@@ -32,11 +33,12 @@ import torch
 from torch import Tensor
 
 import attnres
-from attnres import inputs, numerics, oracle, precision
+from attnres import inputs, numerics, oracle, precision, storage
 from attnres.backend import BackendError
 from attnres.inputs import Capture, Case, Shape
 from attnres.numerics import Measurement, Quantiles, Reference
 from attnres.precision import SourceRisk
+from attnres.storage import StorageError
 
 BACKENDS = ("torch", "triton", "cute")
 NOT_WORSE_FACTOR = 1.01
@@ -104,6 +106,9 @@ class Kernel:
     verdict: str  # ok, broken
 
 
+Judged = Row | Pair | Kernel | StorageError
+
+
 @dataclass
 class Report:
     metadata: dict[str, str]
@@ -111,10 +116,12 @@ class Report:
     pairs: list[Pair] = field(default_factory=list)
     kernels: list[Kernel] = field(default_factory=list)
     precision_at_risk: list[SourceRisk] = field(default_factory=list)
+    storage: list[StorageError] = field(default_factory=list)
 
     @property
-    def broken(self) -> list[Row | Pair | Kernel]:
-        found: list[Row | Pair | Kernel] = [row for row in self.rows if row.verdict == "broken"]
+    def broken(self) -> list[Judged]:
+        found: list[Judged] = [row for row in self.rows if row.verdict == "broken"]
+        found += [error for error in self.storage if error.verdict == "broken"]
         found += [pair for pair in self.pairs if pair.verdict == "worse"]
         return found + [kernel for kernel in self.kernels if kernel.verdict == "broken"]
 
@@ -167,6 +174,9 @@ def run(
         layers, tokens, width = captured.sources.shape
         report.metadata["activations"] = f"{captured.name}: {layers} sources, {tokens} tokens, D {width}"
         report.precision_at_risk = precision.at_risk(captured.sources)
+        if layers >= 3 and any(job.kind == "captured" and job.op in ("phase1", "phase2") for job in chosen):
+            report.storage = storage.measure(captured.sources, backends, device)
+            progress("storage formats")
     if backends:
         for job in chosen:
             case = inputs.make_case(*job, device=device, capture=capture)

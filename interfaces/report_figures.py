@@ -23,6 +23,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from attnres.numerics import Quantiles
 from attnres.report import BACKENDS, Pair, Row
 from attnres.report_lines import errors_by_depth, number, ratio, worst
+from attnres.storage import StorageError
 
 Value = TypeVar("Value")
 
@@ -103,6 +104,34 @@ def budget_used(name: str, rows: Sequence[Row], lane: Callable[[Row], str], lane
             f"{backend} at most {used:.2f}" for backend, used in found
         )
         return _svg(figure, f"{name}-budget", alt)
+
+
+def storage_formats(errors: Sequence[StorageError]) -> Markup:
+    """One lane for each result and format: the error of every backend."""
+    lanes = list(dict.fromkeys(f"{error.result}: {error.storage}" for error in errors if error.ratio is not None))
+    with _figure(1.1 + 0.24 * len(lanes)) as figure:
+        axes = _lanes(figure, lanes)
+        for backend in BACKENDS:
+            marker, size = _MARKER[backend]
+            mine = [error for error in errors if error.backend == backend and error.error > 0]
+            axes.plot(
+                [error.error for error in mine],
+                [lanes.index(f"{error.result}: {error.storage}") for error in mine],
+                marker,
+                markersize=size,
+                markerfacecolor="none" if backend != "cute" else _COLOUR[backend],
+                color=_COLOUR[backend],
+                markeredgewidth=0.9,
+                label=backend,
+            )
+        _logarithmic(axes, "x")
+        _labels(axes, "relative error", "")
+        _legend(figure, axes)
+        alt = "Relative error by result and storage format: " + "; ".join(
+            f"{error.result}, {error.blocks}, {error.storage}, {error.backend} {number(error.error)}"
+            for error in errors
+        )
+        return _svg(figure, "storage-formats", alt)
 
 
 def error_against_depth(op: str, rows: Sequence[Row]) -> Markup:

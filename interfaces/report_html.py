@@ -35,6 +35,7 @@ def to_html(report: Report) -> str:
         headline=report_lines.headline(report),
         counts=report_lines.counts(report),
         broken=[describe(item) for item in report.broken],
+        storage_figure=report_figures.storage_formats(report.storage) if report.storage else None,
         summary=_summary(report.rows),
         operations=[_operation(op, rows) for op, rows in report_lines.by_op(judged).items()],
         kinds=_kinds(judged),

@@ -7,7 +7,8 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TypeVar
 
 from attnres.precision import SourceRisk
-from attnres.report import Kernel, Pair, Report, Row
+from attnres.report import Judged, Kernel, Pair, Report, Row
+from attnres.storage import StorageError
 
 Item = TypeVar("Item", Row, Pair)
 
@@ -25,8 +26,11 @@ def counts(report: Report) -> str:
     return f"{len(report.rows)} rows, {len(report.pairs)} comparisons, {len(report.kernels)} kernels"
 
 
-def describe(item: Row | Pair | Kernel) -> str:
+def describe(item: Judged) -> str:
     """One line on what is broken."""
+    if isinstance(item, StorageError):
+        where = f"{item.result}, {item.blocks}, stored as {item.storage}, {item.backend}"
+        return f"{where}: error {number(item.error)}, {ratio(item.ratio)} of bf16's"
     if isinstance(item, Kernel):
         return f"{item.op} ({item.config}): {item.spill_bytes} bytes spilled to local memory"
     where = f"{item.op} {item.tensor} {item.dtype}, {item.shape}, {item.kind}"
@@ -119,6 +123,13 @@ def risk_cells(risk: SourceRisk) -> list[str]:
     return [str(risk.source), number(risk.rms), number(risk.largest), *shares, *errors, risk.level, risk.verdict]
 
 
+def storage_cells(error: StorageError) -> list[str]:
+    """One line of the table under STORAGE_COLUMNS."""
+    numbers = (number(error.error), ratio(error.ratio))
+    return [error.result, error.blocks, error.storage, error.backend, *numbers, error.verdict]
+
+
+STORAGE_COLUMNS = ("result", "values", "storage", "backend", "error", "of bf16's", "verdict")
 RISK_COLUMNS = (
     "source",
     "RMS",

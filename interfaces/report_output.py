@@ -54,6 +54,8 @@ def to_markdown(report: Report) -> str:
         broken=[describe(item) for item in report.broken],
         risk_columns=report_lines.RISK_COLUMNS,
         risks=[report_lines.risk_cells(risk) for risk in report.precision_at_risk],
+        storage_columns=report_lines.STORAGE_COLUMNS,
+        storage=[report_lines.storage_cells(error) for error in report.storage],
         worst=report_lines.by_op(report_lines.worst_of_each_tensor(report.rows)),
         pairs=report_lines.largest_difference_of_each_tensor(report.pairs),
         refused=Counter(row.note for row in report.rows if row.verdict == "refused"),
@@ -71,6 +73,12 @@ def to_terminal(report: Report, console: Console, verbose: bool = False) -> None
         console.print(_kernels_table(report.kernels, report.metadata["cute"]))
     if report.precision_at_risk:
         console.print(_risks_table(report.precision_at_risk, report.metadata["activations"]))
+    if report.storage:
+        table = _table("Storage formats", *report_lines.STORAGE_COLUMNS)
+        for error in report.storage:
+            *cells, level = report_lines.storage_cells(error)
+            table.add_row(*cells, _coloured(level))
+        console.print(table)
     for reason, count in Counter(row.note for row in report.rows if row.verdict == "refused").items():
         console.print(f"refused {count} cases: {reason}", markup=False)
     for item in report.broken:
