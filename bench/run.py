@@ -193,10 +193,25 @@ def main(arguments: list[str] | None = None) -> int:
     return _measure(suite, cases, options.quick)
 
 
+def _overheads(suite: Suite, ours: bool) -> None:
+    """Host cost and first calls of our backends, or of the peers, where the results do not have them yet."""
+    data = suite.data
+    done = {name for found in data.get("host", {}).values() for name in found} | set(data.get("first_call", {}))
+    names = [provider.name for provider in suite.providers if provider.ours == ours and provider.name not in done]
+    for label, found in host.host_costs([name for name in host.HOST_PROVIDERS if name in names]).items():
+        data.setdefault("host", {}).setdefault(label, {}).update(found)
+    suite.save()
+    first_calls = host.first_calls([name for name in host.FIRST_CALL_PROVIDERS if name in names])
+    data.setdefault("first_call", {}).update(first_calls)
+    suite.save()
+
+
 def _measure(suite: Suite, cases: list[Case], quick: bool) -> int:
     console, data, status = suite.console, suite.data, 0
     suite.begun = time.monotonic()
     try:
+        if not quick:
+            _overheads(suite, ours=True)
         for case in cases:
             try:
                 suite.run(case)
@@ -208,12 +223,8 @@ def _measure(suite: Suite, cases: list[Case], quick: bool) -> int:
             torch.cuda.empty_cache()
             torch.cuda.synchronize()  # raises if a kernel has left the device unusable
         data["metadata"]["clocks at end"] = results.clocks()
-        names = [provider.name for provider in suite.providers]
-        if not quick and "host" not in data:
-            data["host"] = host.host_costs([name for name in host.HOST_PROVIDERS if name in names])
-            suite.save()
-        if not quick and "first_call" not in data:
-            data["first_call"] = host.first_calls([name for name in host.FIRST_CALL_PROVIDERS if name in names])
+        if not quick:
+            _overheads(suite, ours=False)
     except (RuntimeError, KeyboardInterrupt) as error:
         status = 1
         data["stopped"] = f"{type(error).__name__}: {error}".splitlines()[0]
