@@ -34,6 +34,32 @@ def write(results: Results, folder: Path) -> list[Path]:
     return written
 
 
+def write_storage(report: dict[str, Any], folder: Path) -> list[Path]:
+    """The accuracy report's storage formats: error by result and format, a mark a backend."""
+    errors = [error for error in report["storage"] if error["error"] and error["ratio"] is not None]
+    # of huge values there is one format alone
+    errors = [error for error in errors if "up to" not in error["blocks"]]
+    results = list(dict.fromkeys((error["result"], error["blocks"]) for error in errors))
+    figure, axes = plt.subplots(1, len(results), figsize=(3.2 * len(results), 2.6), squeeze=False, layout="constrained")
+    for axis, (result, blocks) in zip(axes[0], results, strict=True):
+        mine = [error for error in errors if (error["result"], error["blocks"]) == (result, blocks)]
+        formats = list(dict.fromkeys(error["storage"] for error in mine))
+        for backend, marker, size in (("torch", "o", 9), ("triton", "s", 6), ("cute", "D", 3)):
+            found = [error for error in mine if error["backend"] == backend]
+            places = [formats.index(error["storage"]) for error in found]
+            axis.plot(
+                [error["error"] for error in found], places, marker, markersize=size, label=backend, fillstyle="none"
+            )
+        axis.set_yticks(range(len(formats)), formats, fontsize=8)
+        axis.set_ylim(len(formats) - 0.5, -0.5)
+        axis.set_xscale("log")
+        axis.set_title(f"{result}\n{blocks}", fontsize=9)
+        axis.grid(alpha=0.25)
+    axes[0][0].legend(frameon=False, fontsize=7)
+    figure.suptitle(f"Relative error by storage format, {report['metadata']['device']}", fontsize=10)
+    return _save(figure, folder / "storage")
+
+
 def _save(figure: Figure, stem: Path) -> list[Path]:
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = [stem.with_suffix(suffix) for suffix in (".png", ".svg")]

@@ -1,4 +1,5 @@
-"""`python -m bench.readme`: the newest results into README.md, between the markers <!-- results --> and <!-- /results -->."""
+"""`python -m bench.readme`: the newest results into README.md, between the markers <!-- results --> and <!-- /results -->; and the
+plot of storage formats from the accuracy report beside them."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import os
 import sys
 from pathlib import Path
 
+from bench import plots
 from bench.results import Results, notes, to_markdown
 from bench.timing import COPY_BYTES
 
@@ -63,6 +65,9 @@ def main(arguments: list[str] | None = None) -> int:
     folder = os.path.relpath(path.parent.resolve(), options.readme.parent.resolve())
     body = section(json.loads(path.read_text()), folder)
     options.readme.write_text(between_markers(options.readme.read_text(), body))
+    report = path.with_name(path.name.replace("bench_", "report_"))
+    if report.is_file():
+        plots.write_storage(json.loads(report.read_text()), path.parent)
     return 0
 
 
