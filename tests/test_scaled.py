@@ -345,22 +345,6 @@ def test_the_step_takes_rows_of_1e30() -> None:
         assert torch.equal(given[2].scale, expected.blocks.scale)
 
 
-def test_a_quarter_of_bfloat16s_error_on_real_activations() -> None:
-    """Phase 1 and the partial sum stored in bf16 and in scaled fp16, the merge in float32, against float64 on the same blocks."""
-    *finished, partial, delta = inputs.captured_sources().sources[:8].bfloat16()
-    queries = rows(4, 384, seed=1) * (1.5 / 384**0.5)
-    inter = oracle.phase1(finished, queries, EPS)
-    exact = oracle.phase2(partial.double(), queries[0], inter.out[0], inter.lse[0], EPS, delta=delta.double()).out
-    errors = {}
-    for storage in (None, SCALED_FP16):
-        out, lse = attnres.phase_1(finished, queries, EPS, storage=storage)
-        h, _ = attnres.phase_2(
-            partial, queries[0], out[0], lse[0], EPS, delta=delta, storage=storage, out_dtype=torch.float32
-        )
-        errors[storage] = float((h - exact).norm() / exact.norm())
-    assert errors[SCALED_FP16] <= 0.25 * errors[None]
-
-
 def test_mixed_lists_are_refused() -> None:
     plain, scaled = rows(3, 8), ScaledTensor.from_tensor(rows(3, 8))
     for sources in ([plain, scaled], [scaled, plain]):
