@@ -138,6 +138,8 @@ def lanes(monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
     monkeypatch.setattr(cute.math, "exp2", lambda x, fastmath: np.exp2(x))
     monkeypatch.setattr(cute.math, "rsqrt", lambda x, fastmath: single(1) / np.sqrt(x))
     monkeypatch.setattr(mix_bwd, "Int64", int)
+    monkeypatch.setattr(mix_bwd, "inverse", lambda scale: single(1) / scale)
+    monkeypatch.setattr(cute, "size", len)
     monkeypatch.setattr(mix_bwd, "opaque", lambda value: value)
     monkeypatch.setattr(mix_bwd, "unpack", lambda row, v: list(row[v]))
     monkeypatch.setattr(mix_bwd, "unpack_row", lambda row: [list(vector) for vector in row])
@@ -148,11 +150,11 @@ def lanes(monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
     return lanes
 
 
-@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize(("ties", "scaled"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("num_sources", [1, 5, 16, 17, 32])
-def test_arithmetic_of_a_token(lanes: np.ndarray, num_sources: int, norm: bool, ties: bool) -> None:
-    """A warp's work on a token, lane by lane, against float64 autograd."""
+def test_arithmetic_of_a_token(lanes: np.ndarray, num_sources: int, norm: bool, ties: bool, scaled: bool) -> None:
+    """A warp's work on a token, lane by lane, against float64 autograd; sources of scaled fp16 by their values and scales."""
     from cute_kernels.device.mix_bwd import MixBwdKernel
 
     size, scale, eps = 512, 0.7, 1e-5
@@ -161,6 +163,8 @@ def test_arithmetic_of_a_token(lanes: np.ndarray, num_sources: int, norm: bool, 
     v = (common + torch.randn(num_sources, size, generator=g).double() * (2.0**-6 if ties else 1.0)).float().double()
     d_out, u, w = torch.randn(3, size, generator=g).double()
     u = (u / 20).float().double()
+    scales = 2.0 ** torch.arange(num_sources).remainder(5).double() if scaled else torch.ones(num_sources).double()
+    values, v = v, v * scales[:, None]
     leaves = [tensor.requires_grad_() for tensor in (v, u, w)]
     rstd = (v.square().mean(-1) + eps).rsqrt()
     logits = scale * rstd * (v @ u)
@@ -172,25 +176,30 @@ def test_arithmetic_of_a_token(lanes: np.ndarray, num_sources: int, norm: bool, 
         """(vectors, VECTOR, lanes) of a row."""
         return row.detach().float().numpy().reshape(2, LANES, 8).swapaxes(1, 2)
 
-    c = mix_bwd_config(BF16, size, num_sources, FP32, None, FP32 if norm else None)
+    c = mix_bwd_config(BF16, size, num_sources, FP32, None, FP32 if norm else None, scaled)
     kernel = MixBwdKernel(c)
+    kernel.source_vector = lambda row, v: list(row[v])  # type: ignore[method-assign]
     kernel.token = lambda turn: turn  # type: ignore[method-assign]
     kernel.load_statistics = lambda *_: None  # type: ignore[method-assign]
     kernel.cluster = 1
     stored = {}
     tile = SimpleNamespace(vectors=2, thread=lanes, threads=LANES, view=lambda row: row)
     tile.store_vector = lambda values, row, v: stored.__setitem__((row, v), values)
-    parts = kernel.parts(lanes)
-    statistics = []
-    for each in parts:
-        source = np.maximum(each.source, 0)
-        statistics += [logits.detach().float().numpy()[source], rstd.detach().float().numpy()[source]]
-    statistics.append(np.full(LANES, logits.logsumexp(0).item(), np.float32))
+    count = range(num_sources)
+    operands = SimpleNamespace(
+        d_sources=list(count), d_strides=[0] * num_sources, scales=list(count), scale_strides=count
+    )
+    parts = kernel.parts(lanes, operands)
+
+    def of_owners(numbers: torch.Tensor) -> list[np.ndarray]:
+        return [numbers.detach().float().numpy()[np.maximum(each.source, 0)] for each in parts]
+
+    lse = np.full(LANES, logits.logsumexp(0).item(), np.float32)
+    statistics = [*of_owners(logits), *of_owners(rstd), lse, *(of_owners(scales) if scaled else [])]
     exchange = SimpleNamespace(lane=lanes, sum=lambda values: values)
     r_du, r_d_weight = np.zeros((2, 8, 2, LANES), np.float32)
-    operands = SimpleNamespace(d_sources=list(range(num_sources)), d_strides=[0] * num_sources)
     scalars = SimpleNamespace(scale=np.float32(scale), output_eps=np.float32(eps), tokens=1)
-    rows = Rows([part(d_out), *map(part, v)], tile)
+    rows = Rows([part(d_out), *map(part, values)], tile)
     weight = part(w) if norm else None
     kernel.mix_gradient(
         0, rows, exchange, parts, statistics, part(u).swapaxes(0, 1), r_du, r_d_weight, weight, operands, scalars
