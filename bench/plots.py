@@ -36,13 +36,15 @@ def write(results: Results, folder: Path) -> list[Path]:
 
 def write_storage(report: dict[str, Any], folder: Path) -> list[Path]:
     """The accuracy report's storage formats: error by result and format, a mark a backend."""
-    errors = [error for error in report["storage"] if error["error"] and error["ratio"] is not None]
-    # of huge values there is one format alone
-    errors = [error for error in errors if "up to" not in error["blocks"]]
-    results = list(dict.fromkeys((error["result"], error["blocks"]) for error in errors))
-    figure, axes = plt.subplots(1, len(results), figsize=(3.2 * len(results), 2.6), squeeze=False, layout="constrained")
-    for axis, (result, blocks) in zip(axes[0], results, strict=True):
-        mine = [error for error in errors if (error["result"], error["blocks"]) == (result, blocks)]
+    panels: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for error in report["storage"]:
+        panels.setdefault((error["result"], error["blocks"]), []).append(error)
+    # results that only one format can hold have nothing to compare
+    compared = {key: mine for key, mine in panels.items() if len({error["storage"] for error in mine}) > 1}
+    figure, axes = plt.subplots(
+        1, len(compared), figsize=(3.2 * len(compared), 2.6), squeeze=False, layout="constrained"
+    )
+    for axis, ((result, blocks), mine) in zip(axes[0], compared.items(), strict=True):
         formats = list(dict.fromkeys(error["storage"] for error in mine))
         for backend, marker, size in (("torch", "o", 9), ("triton", "s", 6), ("cute", "D", 3)):
             found = [error for error in mine if error["backend"] == backend]
