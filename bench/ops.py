@@ -8,19 +8,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from attnres import inputs, numerics, oracle
+from attnres import ScaledTensor, inputs, numerics, oracle
 from attnres.inputs import EPS, Shape
+from attnres.scaled import SCALED_FP16
 
 SOURCES = ("residuals", "block_representations")
 ITEMSIZE = 2  # bf16
 CHECKED_TOKENS = 64
+SEED = 20261124  # of stochastic rounding
 _PLAIN = {"output_norm": False, "delta": False}
+
+# How sources and sums are stored, where not in bf16.
+SCALED_RESULT = "scaled fp16"  # phase 1's out; phase 2's inter_out, and its new partial sum
+SCALED_SOURCES = "scaled fp16 sources"
+STOCHASTIC = "stochastic rounding"  # of phase 1's out, of phase 2's new partial sum
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,7 @@ class Case:
     backward: bool = False
     stacked: bool = False  # sources as one tensor (only ours tells the difference), else as a list
     headline: bool = False  # also for the providers that take long to compile
+    storage: str = ""  # "" is bf16; the other formats are ours alone
 
     @property
     def decode(self) -> bool:
@@ -43,10 +51,12 @@ class Case:
         """The operation as tables and plots name it."""
         direction = "backward" if self.backward else "forward"
         if self.op == "mix":
-            return f"direct {direction}" + ", norm" * self.shape.output_norm + ", stacked" * self.stacked
-        if self.op == "step":
-            return "decode step" if self.decode else "serving step"
-        return f"phase {self.op[-1]} {direction}" + ", delta and norm" * self.shape.delta
+            name = f"direct {direction}" + ", norm" * self.shape.output_norm + ", stacked" * self.stacked
+        elif self.op == "step":
+            name = "decode step" if self.decode else "serving step"
+        else:
+            name = f"phase {self.op[-1]} {direction}" + ", delta and norm" * self.shape.delta
+        return f"{name}, {self.storage}" if self.storage else name
 
     @property
     def sizes(self) -> str:
@@ -57,6 +67,11 @@ class Case:
     @property
     def name(self) -> str:
         return f"{self.group} {self.sizes}"
+
+    @property
+    def plain(self) -> Case:
+        """The same in bf16."""
+        return replace(self, storage="")
 
     @property
     def least_bytes(self) -> int:
@@ -75,23 +90,24 @@ class Case:
         return min(1024 if self.decode else 8, math.ceil(2 * l2_bytes / self.least_bytes))
 
 
-def _mix(tokens: int, size: int, depth: int, norm: bool = False, **options: bool) -> Case:
+def _mix(tokens: int, size: int, depth: int, norm: bool = False, **options: Any) -> Case:
     return Case("mix", Shape(tokens, size, depth, output_norm=norm, delta=False), **options)
 
 
-def _phase1(tokens: int, size: int, blocks: int, queries: int, **options: bool) -> Case:
+def _phase1(tokens: int, size: int, blocks: int, queries: int, **options: Any) -> Case:
     return Case("phase1", Shape(tokens, size, blocks, queries, key_weight=False, **_PLAIN), **options)
 
 
-def _phase2(size: int, fused: bool = False, **options: bool) -> Case:
+def _phase2(size: int, fused: bool = False, **options: Any) -> Case:
     shape = Shape(16384, size, 3, key_weight=False, output_norm=fused, delta=fused)
     return Case("phase2", shape, **options)
 
 
-def _step(tokens: int, size: int, depth: int, **options: bool) -> Case:
+def _step(tokens: int, size: int, depth: int, **options: Any) -> Case:
     return Case("step", Shape(tokens, size, depth), **options)
 
 
+PHASE1_SIZES = ((16384, 2048, 4, 8), (8192, 4096, 8, 16), (8192, 2048, 8, 16), (8192, 7168, 8, 16))
 HEADLINE = ((8192, 7168, 9), (16384, 4096, 5), (16384, 2048, 17))
 _GRID = [(8192, size, depth) for size in (7168, 2304, 2048, 4096) for depth in (2, 5, 9, 17)]
 
@@ -103,15 +119,13 @@ CASES: tuple[Case, ...] = (
     *(_mix(*sizes, backward=True, headline=True) for sizes in HEADLINE),
     *(_step(*sizes, headline=True) for sizes in HEADLINE),
     *(_step(tokens, 7168, 9, headline=True) for tokens in (1, 16, 64, 256)),
-    _phase1(16384, 2048, 4, 8, headline=True),
-    _phase1(8192, 4096, 8, 16, headline=True),
-    _phase1(8192, 2048, 8, 16, headline=True),
-    _phase1(8192, 7168, 8, 16, headline=True),
+    *(_phase1(*sizes, headline=True) for sizes in PHASE1_SIZES),
     _phase1(8192, 2048, 8, 24),
     _phase1(8192, 7168, 8, 24),
     _phase1(16384, 2048, 4, 8, backward=True, headline=True),
     _phase1(8192, 4096, 8, 16, backward=True),
     _phase1(8192, 7168, 8, 16, backward=True),
+    _phase1(8192, 7168, 8, 24, backward=True),
     *(_phase2(size, headline=True) for size in (2048, 4096, 7168)),
     *(_phase2(size, fused=True, headline=True) for size in (2048, 4096, 7168)),
     *(_phase2(size, backward=True, headline=size == 2048) for size in (2048, 4096, 7168)),
@@ -123,12 +137,19 @@ CASES: tuple[Case, ...] = (
     _mix(8192, 7168, 2, backward=True),
     _mix(8192, 7168, 5, backward=True),
     _mix(8192, 2304, 9, backward=True),
+    *(_phase1(*sizes, storage=SCALED_RESULT) for sizes in (*PHASE1_SIZES, (8192, 2048, 8, 24), (8192, 7168, 8, 24))),
+    *(_phase2(size, fused, storage=SCALED_RESULT) for fused in (False, True) for size in (2048, 4096, 7168)),
+    *(_phase1(*sizes, storage=SCALED_SOURCES) for sizes in PHASE1_SIZES),
+    *(_mix(*sizes, storage=SCALED_SOURCES) for sizes in HEADLINE),
+    *(_step(*sizes, storage=SCALED_SOURCES) for sizes in HEADLINE),
+    _phase1(*PHASE1_SIZES[0], storage=STOCHASTIC),
+    *(_phase2(size, fused=True, storage=STOCHASTIC) for size in (2048, 4096, 7168)),
 )
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The public arguments by name, sources as one stacked tensor [L, T, D]; gradients of the outputs by name."""
+    """The public arguments by name, sources as one stacked [L, T, D]; gradients of the outputs by name."""
 
     arguments: dict[str, Any]
     grads: dict[str, Tensor]
@@ -144,6 +165,17 @@ def make_inputs(case: Case, device: torch.device | str, seed: int = 0) -> Inputs
         arguments |= {"block_write_idx": -1, "output_norm_eps": EPS}
     if case.op == "phase2":
         arguments["output_rms_eps"] = EPS
+    if case.storage == STOCHASTIC:
+        arguments["stochastic_seed"] = SEED
+    if case.storage == SCALED_RESULT:
+        if case.op == "phase2":
+            arguments["inter_out"] = ScaledTensor.from_tensor(arguments["inter_out"])
+        if case.op == "phase1" or case.shape.delta:
+            arguments["storage"] = SCALED_FP16
+    if case.storage == SCALED_SOURCES:
+        for name in (*SOURCES, "blocks", "prefix"):
+            if name in arguments:
+                arguments[name] = ScaledTensor.from_tensor(arguments[name])
     return Inputs(arguments, made.grad_outputs if case.backward else {})
 
 
@@ -153,11 +185,12 @@ class Sample:
 
     tokens: Tensor  # indices, int64
     references: dict[str, numerics.Reference]
+    stochastic: bool  # the results may be either neighbour of the exact ones
 
 
 def sample(case: Case, made: Inputs) -> Sample:
     """What the oracle says of up to CHECKED_TOKENS tokens spread over all; gradients of queries and weights are not sampled."""
-    device = next(value.device for value in made.arguments.values() if isinstance(value, Tensor))
+    device = next(value.device for value in made.arguments.values() if isinstance(value, (Tensor, ScaledTensor)))
     count = min(case.shape.tokens, CHECKED_TOKENS)
     tokens = torch.linspace(0, case.shape.tokens - 1, count, device=device).round().long()
     if case.op == "step":
@@ -167,17 +200,27 @@ def sample(case: Case, made: Inputs) -> Sample:
     else:
         arguments = {name: _rows(name, value, tokens) for name, value in made.arguments.items()}
         grads = {name: _rows(name, value, tokens) for name, value in made.grads.items()}
+        arguments.pop("stochastic_seed", None)
         references = oracle.reference(case.op, arguments, grads or None)
     kept = {name: found for name, found in references.items() if oracle.token_axis(name) is not None}
-    return Sample(tokens, {name: found for name, found in kept.items() if name.startswith("d_") == case.backward})
+    kept = {name: found for name, found in kept.items() if name.startswith("d_") == case.backward}
+    stochastic = case.storage == STOCHASTIC
+    if stochastic and case.op == "phase2":  # its sum; the mix follows from the sum as it was rounded
+        exact = arguments["partial_sum"].double() + arguments["delta"].double()
+        kept = {"new_partial": replace(kept["new_partial"], exact=exact, plain32=exact.float())}
+    elif stochastic:
+        kept = {"out": kept["out"]}
+    return Sample(tokens, kept, stochastic)
 
 
-def check(found: Mapping[str, Tensor | list[Tensor]], exact: Sample) -> tuple[str, numerics.Measurement]:
+def check(found: Mapping[str, Tensor | ScaledTensor | list[Tensor]], exact: Sample) -> tuple[str, numerics.Measurement]:
     """The result that uses most of its error budget, and its errors."""
     measured = {}
     for name, reference in exact.references.items():
         if name in found:
-            measured[name] = numerics.judge_reference(_rows(name, found[name], exact.tokens), reference)
+            measured[name] = numerics.judge_reference(
+                _rows(name, found[name], exact.tokens), reference, exact.stochastic
+            )
     worst = max(measured, key=lambda name: measured[name].severity)
     return worst, measured[worst]
 
@@ -186,4 +229,6 @@ def _rows(name: str, value: Any, tokens: Tensor) -> Any:
     if isinstance(value, list):
         return [_rows(name, each, tokens) for each in value]
     axis = oracle.token_axis(name)
-    return value if axis is None or not isinstance(value, Tensor) else value.detach().index_select(axis, tokens)
+    if axis is None or not isinstance(value, (Tensor, ScaledTensor)):
+        return value
+    return value.detach()[(slice(None),) * (axis % value.dim()) + (tokens,)]

@@ -24,7 +24,11 @@ _COLUMNS = 3
 def write(results: Results, folder: Path) -> list[Path]:
     """Writes what there are results for; returns the paths."""
     device = results["metadata"]["device"]
-    shared = {group: cases for group, cases in groups(results).items() if not is_decode(group) and providers_of(cases)}
+    shared = {
+        group: cases
+        for group, cases in groups(results).items()
+        if not is_decode(group) and not cases[0]["storage"] and providers_of(cases)
+    }
     decode = [case for group, cases in groups(results).items() if is_decode(group) for case in cases]
     written = []
     if shared:

@@ -99,6 +99,8 @@ def entry(case: Case) -> dict[str, Any]:
         "sizes": case.sizes,
         "tokens": case.shape.tokens,
         "headline": case.headline,
+        "storage": case.storage,
+        "plain": case.plain.name,
         "least_bytes": case.least_bytes,
         "results": {},
     }
@@ -154,6 +156,9 @@ def grids(results: Results, headline_only: bool = False) -> Iterator[Grid]:
                 grid.rows.append([case["sizes"], *(_cell(case, name) for name in names)])
                 grid.best.append(_best(case, names))
             yield grid
+    stored = _of_storage(results["cases"])
+    if stored.rows:
+        yield stored
     if results.get("host"):
         yield _of_providers("Python per eager call, µs", results["host"], lambda value: f"{value:.1f}")
     flat = {
@@ -166,6 +171,19 @@ def grids(results: Results, headline_only: bool = False) -> Iterator[Grid]:
             "First call in a new process, seconds", flat, lambda v: v if isinstance(v, str) else f"{v:.2f}"
         )
         yield seconds
+
+
+def _of_storage(cases: list[dict[str, Any]]) -> Grid:
+    """Both times as shares of the copy in the rounds of their own case."""
+    plain = {case["name"]: case for case in cases if not case["storage"]}
+    stored = [case for case in cases if case["storage"] and case["plain"] in plain]
+    names = providers_of(stored)
+    grid = Grid("Storage formats: time over that of bf16", ["", *names])
+    for case in stored:
+        shares = [(share(plain[case["plain"]], name), share(case, name)) for name in names]
+        grid.rows.append([case["name"], *(f"{bf16 / own:.3f}" if bf16 and own else "" for bf16, own in shares)])
+        grid.best.append(None)
+    return grid
 
 
 def _of_providers(title: str, rows: dict[str, dict[str, Any]], text: Any) -> Grid:

@@ -17,17 +17,16 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from bench import host, plots, results, timing
+from attnres.backend import BackendError
+from bench import autotune, host, plots, results, timing
 from bench.ops import CASES, Case, Inputs, Sample, check, make_inputs, sample
 from bench.providers import PROVIDERS, Call, Provider, Unsupported
 from bench.timing import COPY, OutOfTime, Timed
-from bench.warm import warm
 
 FIRST_CALL_SECONDS = 40.0  # of one provider in one case: imports, compiles, autotunes
 BURST_SECONDS = 0.01
 ROUNDS = 7
 QUICK_ROUNDS = 3
-FEW_JOBS = 12  # not worth starting processes for
 _PLACES = {case.name: place for place, case in enumerate(CASES)}
 
 
@@ -106,7 +105,7 @@ class Suite:
                 tensor, errors = check(_first_outputs(calls[0], provider), exact)
                 build = timing.graph if case.decode else timing.eager
                 timed = build(calls, BURST_SECONDS)
-        except Unsupported as error:
+        except (Unsupported, BackendError) as error:
             return {"status": f"not supported: {error}"}, None
         except (Exception, OutOfTime) as error:
             kind = "" if isinstance(error, OutOfTime) else f"{type(error).__name__}: "
@@ -166,7 +165,6 @@ def main(arguments: list[str] | None = None) -> int:
         "--peer-seconds", type=float, default=600.0, help="of timing, after which peers are skipped (default: 600)"
     )
     parser.add_argument("--resume", action="store_true", help="only what the results in --out lack")
-    parser.add_argument("--warm-seconds", type=float, default=110.0, help="for compiling ahead (default: 110)")
     options = parser.parse_args(arguments)
     providers = _chosen(options.providers)
     cases = [case for case in CASES if options.cases in case.name and (case.headline or not options.quick)]
@@ -187,9 +185,7 @@ def main(arguments: list[str] | None = None) -> int:
     cases = suite.left(cases)
     for name, reason in suite.data["missing"].items():
         console.print(f"{name}: {reason}", markup=False)
-    jobs = [(case, p) for case in cases for p in suite.jobs(case) if p.name != "torch.compile"]
-    if len(jobs) > FEW_JOBS:
-        console.print(warm(jobs, options.warm_seconds))
+    autotune.speed_up()
     return _measure(suite, cases, options.quick)
 
 

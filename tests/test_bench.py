@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import sys
+import threading
 import types
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from rich.console import Console
 
 import attnres
-from bench import host, network, ops, plots, providers, readme, results, run, timing
+from bench import autotune, host, network, ops, plots, providers, readme, results, run, timing, warm
 from bench.ops import CASES, Case
 from bench.providers import PROVIDERS, Provider
 
@@ -71,6 +72,14 @@ SMALL = [
         "phase 2 backward T16384 D2048",
         "phase 2 backward, delta and norm T16384 D2048",
         "serving step T8192 D7168 L9",
+        "phase 1 forward, scaled fp16 T8192 D4096 N8 S16",
+        "phase 1 forward, scaled fp16 sources T8192 D4096 N8 S16",
+        "phase 1 forward, stochastic rounding T16384 D2048 N4 S8",
+        "phase 2 forward, scaled fp16 T16384 D2048",
+        "phase 2 forward, delta and norm, scaled fp16 T16384 D2048",
+        "phase 2 forward, delta and norm, stochastic rounding T16384 D2048",
+        "direct forward, scaled fp16 sources T8192 D7168 L9",
+        "serving step, scaled fp16 sources T8192 D7168 L9",
     )
 ]
 
@@ -83,8 +92,16 @@ def test_ours_are_checked_against_the_oracle(case: Case) -> None:
     call = bind(provider, case, made)
     tensor, errors = ops.check(call(), exact)
     assert errors.ok, (tensor, errors)
-    wrong = {name: [2 * v for v in value] if isinstance(value, list) else 2 * value for name, value in call().items()}
+    wrong = {
+        name: [2 * v for v in value] if isinstance(value, list) else twice(value) for name, value in call().items()
+    }
     assert not ops.check(wrong, exact)[1].ok
+
+
+def twice(value: torch.Tensor | attnres.ScaledTensor) -> torch.Tensor | attnres.ScaledTensor:
+    if isinstance(value, attnres.ScaledTensor):
+        return attnres.ScaledTensor(value.values, 2 * value.scale, value.dtype)
+    return 2 * value
 
 
 def bind(provider: Provider, case: Case, made: ops.Inputs) -> providers.Call:
@@ -358,6 +375,59 @@ def test_a_run_keeps_going_past_what_fails(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(results, "metadata", lambda device: other)
     with pytest.raises(ValueError, match="another kernel sources"):
         run.Suite(torch.device("cpu"), chosen, path, 3, 60.0, console, resume=True)
+
+
+def test_storage_formats_are_compared_with_bf16() -> None:
+    data = fake()
+    plain = data["cases"][2]
+    stored = {**plain, **results.entry(named("phase 1 forward, scaled fp16 T16384 D2048 N4 S8")), "copy": plain["copy"]}
+    stored["results"] = {"ours-cute": timing.summary([1.03 * plain["results"]["ours-cute"]["us"]])}
+    data["cases"].append(stored)
+    text = results.to_markdown(data)
+    assert "| phase 1 forward, scaled fp16 T16384 D2048 N4 S8 | 1.030 |" in text
+    assert "scaled fp16" not in results.to_markdown(fake())
+
+
+def test_configurations_are_compiled_side_by_side_before_they_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    import triton
+    from triton import testing
+    from triton.runtime.autotuner import Autotuner
+
+    monkeypatch.setattr(testing, "do_bench", testing.do_bench)
+    monkeypatch.setattr(Autotuner, "prune_configs", Autotuner.prune_configs)
+
+    @triton.autotune([triton.Config({"B": b}, num_warps=w) for b in (1, 2) for w in (4, 8)], key=["n"])
+    @triton.jit
+    def kernel(n, B: triton.language.constexpr):
+        pass
+
+    compiled, meet = [], threading.Barrier(4, timeout=20)
+
+    class Kernel:
+        def run(self, **given: Any) -> None:
+            meet.wait()  # none returns before all have begun
+            compiled.append((given["n"], given["B"], given["num_warps"], given["warmup"]))
+            raise RuntimeError("out of resources")
+
+    autotune.speed_up(threads=4)
+    autotune.speed_up(threads=4)  # once is enough
+    kernel.fn, kernel.nargs = Kernel(), {"n": 3}
+    assert kernel.prune_configs({"grid": (1,), "warmup": False}) == kernel.configs
+    assert sorted(compiled) == [(3, b, w, True) for b in (1, 2) for w in (4, 8)]
+    assert testing.do_bench.keywords == {"warmup": 5, "rep": 20}
+
+
+def test_first_calls_to_compile_ahead_are_of_the_suites() -> None:
+    jobs = warm.suite_jobs()
+    assert all(PROVIDERS[provider].wants(named(case)) for case, provider in jobs)
+    # L 2, 5 and 9 of FLA's forward at one size are two kernels: it rounds the depth up
+    fla = [
+        case for case, provider in jobs if provider == "fla-triton" and case.startswith("direct forward T8192 D2048")
+    ]
+    assert 1 <= len(fla) < 4
+    networks = {case.name: case for case in network.CASES}
+    for case, provider in warm.network_jobs():
+        assert provider in (network.SERVING if networks[case].serving else network.NETWORKS)
 
 
 def test_host_cases_are_forward() -> None:
