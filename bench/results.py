@@ -156,9 +156,9 @@ def grids(results: Results, headline_only: bool = False) -> Iterator[Grid]:
                 grid.rows.append([case["sizes"], *(_cell(case, name) for name in names)])
                 grid.best.append(_best(case, names))
             yield grid
-    stored = _of_storage(results["cases"])
-    if stored.rows:
-        yield stored
+    for grid in (_of_storage(results["cases"]), _of_workspace(results["cases"], headline_only)):
+        if grid.rows:
+            yield grid
     if results.get("host"):
         yield _of_providers("Python per eager call, µs", results["host"], lambda value: f"{value:.1f}")
     flat = {
@@ -182,6 +182,18 @@ def _of_storage(cases: list[dict[str, Any]]) -> Grid:
     for case in stored:
         shares = [(share(plain[case["plain"]], name), share(case, name)) for name in names]
         grid.rows.append([case["name"], *(f"{bf16 / own:.3f}" if bf16 and own else "" for bf16, own in shares)])
+        grid.best.append(None)
+    return grid
+
+
+def _of_workspace(cases: list[dict[str, Any]], headline_only: bool) -> Grid:
+    """Of gradients alone: forward kernels hold nothing but their statistics."""
+    backward = [case for case in cases if "backward" in case["group"] and (case["headline"] or not headline_only)]
+    names = providers_of(backward)
+    grid = Grid("Workspace of gradients: MiB held at the peak besides the results", ["", *names])
+    for case in backward:
+        held = [case["results"].get(name, {}).get("workspace_bytes") for name in names]
+        grid.rows.append([case["name"], *("" if each is None else f"{each / 2**20:.1f}" for each in held)])
         grid.best.append(None)
     return grid
 
@@ -210,8 +222,10 @@ def _best(case: dict[str, Any], names: list[str]) -> int | None:
 
 
 def notes(results: Results) -> list[str]:
-    """What is not in the tables: providers that are missing, and results that failed or are out of budget."""
+    """What is not in the tables: providers that are missing, results that failed or are out of budget, what bounds writes."""
     found = [f"{name}: {reason}" for name, reason in results.get("missing", {}).items()]
+    if "writes_alone" in results:
+        found.append(f"writes alone (torch's fill_) reach {results['writes_alone']:.3f} of the copy's bandwidth")
     skipped: dict[tuple[str, str], int] = {}
     for case in results["cases"]:
         for name, result in case["results"].items():

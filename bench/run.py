@@ -103,6 +103,7 @@ class Suite:
             with timing.limit(FIRST_CALL_SECONDS):
                 calls = [provider.bind(case, made) for made in sets]
                 tensor, errors = check(_first_outputs(calls[0], provider), exact)
+                workspace = timing.workspace(calls[0])
                 build = timing.graph if case.decode else timing.eager
                 timed = build(calls, BURST_SECONDS)
         except (Unsupported, BackendError) as error:
@@ -110,7 +111,13 @@ class Suite:
         except (Exception, OutOfTime) as error:
             kind = "" if isinstance(error, OutOfTime) else f"{type(error).__name__}: "
             return {"status": f"failed: {kind}{error}".splitlines()[0][:300]}, None
-        found = {"checked": tensor, "error": errors.error, "floor": errors.floor, "within_budget": errors.ok}
+        found = {
+            "checked": tensor,
+            "error": errors.error,
+            "floor": errors.floor,
+            "within_budget": errors.ok,
+            "workspace_bytes": workspace,
+        }
         if provider.ours and not errors.ok:
             self.console.print(
                 f"{case.name}, {provider.name}: {tensor} out of budget: {errors}", style="red", markup=False
@@ -207,6 +214,7 @@ def _measure(suite: Suite, cases: list[Case], quick: bool) -> int:
     suite.begun = time.monotonic()
     try:
         if not quick:
+            data["writes_alone"] = timing.writes_alone(suite.device, suite.rounds)
             _overheads(suite, ours=True)
         for case in cases:
             try:

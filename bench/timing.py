@@ -80,6 +80,15 @@ def copy(device: torch.device | str) -> Timed:
     return _piloted(lambda: target.copy_(source), 1, 0.002)
 
 
+def writes_alone(device: torch.device | str, rounds: int) -> float:
+    """Bandwidth of torch's fill_, as a share of the copy's: what bounds an operation that mostly writes."""
+    target = torch.empty(COPY_BYTES // 2, device=device, dtype=torch.uint8)
+    fill = _piloted(lambda: target.fill_(1), 1, 0.002)
+    samples, _ = measure({COPY: copy(device), "fill": fill}, rounds)
+    times = {name: statistics.median(found) for name, found in samples.items()}
+    return (target.numel() / times["fill"]) / (COPY_BYTES / times[COPY])
+
+
 def _piloted(run: Callable[[], Any], calls: int, seconds: float) -> Timed:
     """Warms up and chooses the burst: about `seconds` of device time."""
     run()
@@ -100,6 +109,18 @@ def _time(run: Callable[[], Any], runs: int) -> tuple[float, float]:
     host = time.perf_counter() - begun
     end.synchronize()
     return start.elapsed_time(end) / 1e3 / runs, host / runs
+
+
+def workspace(call: Callable[[], Any]) -> int:
+    """Bytes of device memory that the call holds at its peak besides what it returns."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    found = call()
+    torch.cuda.synchronize()
+    kept = torch.cuda.memory_allocated() - before
+    del found
+    return torch.cuda.max_memory_allocated() - before - kept
 
 
 def measure(timed: Mapping[str, Timed], rounds: int) -> tuple[dict[str, list[float]], dict[str, str]]:

@@ -343,6 +343,7 @@ def test_a_run_keeps_going_past_what_fails(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(timing, "eager", lambda calls, seconds: steady)
     monkeypatch.setattr(timing, "graph", lambda calls, seconds: steady)
     monkeypatch.setattr(timing, "_burst", lambda timed: 100.0)
+    monkeypatch.setattr(timing, "workspace", lambda call: 3 * 2**19)
     monkeypatch.setattr(results, "metadata", lambda device: {**fake()["metadata"], "l2_bytes": 1000})
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(plots, "write", lambda data, folder: [])
@@ -361,7 +362,7 @@ def test_a_run_keeps_going_past_what_fails(tmp_path: Path, monkeypatch: pytest.M
     assert backward["ours-torch"]["checked"].startswith("d_")
     assert step["wrong"] == {"status": "not supported: no decode step"}
     assert "fails: failed: RuntimeError" in console.export_text()
-    assert path.with_suffix(".md").exists()
+    assert f"| {SMALL[2].name} | 1.5 |" in path.with_suffix(".md").read_text()
 
     found["cases"][0]["results"]["late"] = {"status": "skipped: time budget spent"}
     path.write_text(json.dumps(found))
@@ -375,6 +376,17 @@ def test_a_run_keeps_going_past_what_fails(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(results, "metadata", lambda device: other)
     with pytest.raises(ValueError, match="another kernel sources"):
         run.Suite(torch.device("cpu"), chosen, path, 3, 60.0, console, resume=True)
+
+
+@pytest.mark.gpu
+def test_gpu_workspace_is_what_is_held_besides_the_results() -> None:
+    kept = torch.empty(2**20, device="cuda", dtype=torch.uint8)
+
+    def call() -> torch.Tensor:
+        scratch = torch.empty(2**22, device="cuda", dtype=torch.uint8)
+        return scratch[: 2**20] + kept
+
+    assert timing.workspace(call) == 2**22
 
 
 def test_storage_formats_are_compared_with_bf16() -> None:
