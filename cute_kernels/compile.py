@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import platformdirs
-from filelock import FileLock
 
 ARCH = "sm_90a"
 # Read when the DSL is imported; without it, a machine that has no GPU compiles for another architecture.
@@ -68,28 +67,39 @@ def cached_kernel(build: Callable[[Config], Any]) -> Callable[[Config], Any]:
 
 
 def _from_disk_or_build(build: Callable[[Config], Any], config: Config) -> Any:
+    name = hashlib.sha256(f"{build.__module__}.{build.__qualname__}({config!r})".encode()).hexdigest()[:32]
+    library = cache_folder() / f"{name}.so"
+    kernel = _from_disk(library)
+    if kernel is not None:
+        return kernel
     linker = shutil.which("cc") or shutil.which("gcc")
     if (
         linker is None
     ):  # the object file alone would need the DSL's own loader: then there is nothing to gain from a cache
         return build(config)
-    folder = cache_folder()
-    name = hashlib.sha256(f"{build.__module__}.{build.__qualname__}({config!r})".encode()).hexdigest()[:32]
-    library = folder / f"{name}.so"
-    with FileLock(folder / f"{name}.lock"):
-        # Under the lock, so that of many processes that start together one compiles and the others load what it made.
-        if library.exists():
-            try:
-                return _load(library)
-            except (OSError, RuntimeError, AttributeError):
-                library.unlink()
-        compiled = build(config)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            object_file, linked = Path(scratch, "kernel.o"), Path(scratch, "kernel.so")
-            compiled.export_to_c(object_file_path=str(object_file), function_name=_SYMBOL)
-            subprocess.run([linker, "-shared", "-o", str(linked), str(object_file)], check=True)
-            os.replace(linked, library)
-        return _load(library)
+    from filelock import FileLock  # 10 ms of import that a library from the disk does not need
+
+    # Of many processes that start together, one compiles, and the others load what it made.
+    with FileLock(library.with_suffix(".lock")):
+        return _from_disk(library) or _build_and_keep(build, config, library, linker)
+
+
+def _from_disk(library: Path) -> Any | None:
+    """None where there is none, and where it is damaged: it is made anew then."""
+    if library.exists():
+        with contextlib.suppress(OSError, RuntimeError, AttributeError):
+            return _load(library)
+    return None
+
+
+def _build_and_keep(build: Callable[[Config], Any], config: Config, library: Path, linker: str) -> Any:
+    compiled = build(config)
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+        object_file, linked = Path(scratch, "kernel.o"), Path(scratch, "kernel.so")
+        compiled.export_to_c(object_file_path=str(object_file), function_name=_SYMBOL)
+        subprocess.run([linker, "-shared", "-o", str(linked), str(object_file)], check=True)
+        os.replace(linked, library)
+    return _load(library)
 
 
 def _load(library: Path) -> Any:
