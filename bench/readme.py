@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from bench import plots
-from bench.results import Results, notes, to_markdown
+from bench.results import Results, against_peers, markdown, notes, of_networks, to_markdown
 from bench.timing import COPY_BYTES
 
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
@@ -25,8 +25,8 @@ def between_markers(text: str, body: str) -> str:
     return f"{before}{BEGIN}\n\n{body.strip()}\n\n{END}{rest.split(END)[1]}"
 
 
-def section(results: Results, folder: str) -> str:
-    """Conditions, plots and the headline tables; folder: of results and plots, relative to the README."""
+def section(results: Results, networks: Results | None, folder: str) -> str:
+    """Conditions, summary, plots and, folded, the headline tables; folder: of results and plots, relative to the README."""
     meta = results["metadata"]
     copies = [case["copy"]["us"] for case in results["cases"] if "copy" in case]
     bandwidth = COPY_BYTES / (sum(copies) / len(copies)) / 1e6 if copies else 0.0
@@ -41,9 +41,19 @@ def section(results: Results, folder: str) -> str:
         "bf16, medians. Share of copy bandwidth: the least bytes the operation must move / time / the bandwidth of a large copy "
         f"in the same rounds ({bandwidth:.2f} TB/s read and written). Bold: fastest of its row. All shapes, spreads and errors: "
         f"[{folder}]({folder}).",
+        markdown(against_peers(results)),
         f"![Share of copy bandwidth]({folder}/shares.png)",
-        to_markdown(results, headline_only=True).strip(),
+    ]
+    if networks:
+        sources = networks["metadata"]["kernel sources"][:12]
+        lines.append(
+            f"{markdown(of_networks(networks))}\n\n({networks['metadata']['device']}, kernel sources {sources})"
+        )
+    lines += [
         f"![Decode]({folder}/decode.png)",
+        "<details><summary>Every headline shape, storage formats, workspace, host cost, first calls</summary>",
+        to_markdown(results, headline_only=True).strip(),
+        "</details>",
     ]
     missing = [f"- {note}" for note in notes(results)]
     return "\n\n".join(lines + (["\n".join(missing)] if missing else []))
@@ -63,7 +73,10 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 2
     folder = os.path.relpath(path.parent.resolve(), options.readme.parent.resolve())
-    body = section(json.loads(path.read_text()), folder)
+    networks = path.with_name(path.name.replace("bench_", "network_"))
+    body = section(
+        json.loads(path.read_text()), json.loads(networks.read_text()) if networks.is_file() else None, folder
+    )
     options.readme.write_text(between_markers(options.readme.read_text(), body))
     report = path.with_name(path.name.replace("bench_", "report_"))
     if report.is_file():

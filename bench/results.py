@@ -173,6 +173,53 @@ def grids(results: Results, headline_only: bool = False) -> Iterator[Grid]:
         yield seconds
 
 
+def against_peers(results: Results) -> Grid:
+    """One row per operation with a peer: over its headline cases, ours-cute, the fastest peer of each, and the ratio of times."""
+    grid = Grid("Share of copy bandwidth (decode: µs)", ["operation", "ours-cute", "fastest peer", "faster by"])
+    for group, cases in groups(results).items():
+        compared = []
+        for case in cases:
+            ours = case["results"].get("ours-cute", {})
+            peers = {
+                name: found for name, found in case["results"].items() if "us" in found and not name.startswith("ours")
+            }
+            if case["headline"] and "us" in ours and peers:
+                compared.append((case, min(peers, key=lambda name: peers[name]["us"])))
+        if not compared:
+            continue
+        ratios = [case["results"][peer]["us"] / case["results"]["ours-cute"]["us"] for case, peer in compared]
+        ours_cells = [_value(case, "ours-cute") for case, _ in compared]
+        peer_cells = [_value(case, peer) for case, peer in compared]
+        names = ", ".join(dict.fromkeys(peer for _, peer in compared))
+        grid.rows.append([group, _range(ours_cells, 2), f"{_range(peer_cells, 2)} ({names})", f"{_range(ratios, 2)} x"])
+        grid.best.append(None)
+    return grid
+
+
+def _value(case: dict[str, Any], provider: str) -> float:
+    return case["results"][provider]["us"] if is_decode(case["group"]) else share(case, provider) or 0.0
+
+
+def _range(values: list[float], digits: int) -> str:
+    low, high = f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"
+    return low if low == high else f"{low} to {high}"
+
+
+def of_networks(results: Results) -> Grid:
+    """Milliseconds and peak memory of each provider, a row per network."""
+    names = list(dict.fromkeys(name for case in results["cases"] for name in case["results"]))
+    grid = Grid("Networks: ms (peak GiB)", ["network", *names])
+    for case in results["cases"]:
+        found = [case["results"].get(name, {}) for name in names]
+        cells = [
+            f"{f['us'] / 1e3:.2f} ({f['peak_gib']:.1f})" if "us" in f else f.get("status", "").split(":")[0]
+            for f in found
+        ]
+        grid.rows.append([case["name"].removeprefix("network "), *cells])
+        grid.best.append(_best(case, names))
+    return grid
+
+
 def _of_storage(cases: list[dict[str, Any]]) -> Grid:
     """Both times as shares of the copy in the rounds of their own case."""
     plain = {case["name"]: case for case in cases if not case["storage"]}
@@ -252,13 +299,14 @@ def print_tables(results: Results, console: Console) -> None:
 
 
 def to_markdown(results: Results, headline_only: bool = False) -> str:
-    parts = []
-    for grid in grids(results, headline_only):
-        lines = [f"**{grid.title}**", "", _line(grid.header), _line(["---"] * len(grid.header))]
-        for row, best in zip(grid.rows, grid.best, strict=True):
-            lines.append(_line([f"**{cell}**" if index == best else cell for index, cell in enumerate(row)]))
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(markdown(grid) for grid in grids(results, headline_only)) + "\n"
+
+
+def markdown(grid: Grid) -> str:
+    lines = [f"**{grid.title}**", "", _line(grid.header), _line(["---"] * len(grid.header))]
+    for row, best in zip(grid.rows, grid.best, strict=True):
+        lines.append(_line([f"**{cell}**" if index == best else cell for index, cell in enumerate(row)]))
+    return "\n".join(lines)
 
 
 def _line(cells: list[str]) -> str:

@@ -378,6 +378,22 @@ def test_a_run_keeps_going_past_what_fails(tmp_path: Path, monkeypatch: pytest.M
         run.Suite(torch.device("cpu"), chosen, path, 3, 60.0, console, resume=True)
 
 
+def test_summary_against_the_fastest_peer() -> None:
+    """Ours takes 1.25 x the least time, the peer twice: at the one headline case 0.80 of the copy against 0.50."""
+    text = results.markdown(results.against_peers(fake()))
+    assert "| direct forward | 0.80 | 0.50 (fla-triton) | 1.60 x |" in text
+    assert "| decode step |" in text
+    assert "liger" not in text
+
+
+def test_networks_in_the_readme() -> None:
+    timed = {"us": 12400.0, "peak_gib": 4.0}
+    case = {"name": "network forward T1", "results": {"ours-cute": timed, "liger": {"status": "failed: no"}}}
+    networks = {"metadata": fake()["metadata"], "cases": [case]}
+    assert "| forward T1 | 12.40 (4.0) | failed |" in readme.section(fake(), networks, "results")
+    assert "Networks" not in readme.section(fake(), None, "results")
+
+
 @pytest.mark.gpu
 def test_gpu_workspace_is_what_is_held_besides_the_results() -> None:
     kept = torch.empty(2**20, device="cuda", dtype=torch.uint8)
