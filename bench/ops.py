@@ -25,6 +25,7 @@ SEED = 20261124  # of stochastic rounding
 _PLAIN = {"output_norm": False, "delta": False}
 
 # How sources and sums are stored, where not in bf16.
+FP16 = "fp16"
 SCALED_RESULT = "scaled fp16"  # phase 1's out; phase 2's inter_out, and its new partial sum
 SCALED_SOURCES = "scaled fp16 sources"
 STOCHASTIC = "stochastic rounding"  # of phase 1's out, of phase 2's new partial sum
@@ -137,6 +138,13 @@ CASES: tuple[Case, ...] = (
     _mix(8192, 7168, 2, backward=True),
     _mix(8192, 7168, 5, backward=True),
     _mix(8192, 2304, 9, backward=True),
+    *(_mix(*sizes, storage=FP16) for sizes in HEADLINE),
+    *(_mix(*sizes, backward=True, storage=FP16) for sizes in HEADLINE),
+    _step(*HEADLINE[0], storage=FP16),
+    *(_phase1(*sizes, storage=FP16) for sizes in PHASE1_SIZES),
+    _phase1(*PHASE1_SIZES[0], backward=True, storage=FP16),
+    _phase2(2048, fused=True, storage=FP16),
+    _phase2(2048, backward=True, storage=FP16),
     *(_phase1(*sizes, storage=SCALED_RESULT) for sizes in (*PHASE1_SIZES, (8192, 2048, 8, 24), (8192, 7168, 8, 24))),
     *(_phase2(size, fused, storage=SCALED_RESULT) for fused in (False, True) for size in (2048, 4096, 7168)),
     *(_phase1(*sizes, storage=SCALED_SOURCES) for sizes in PHASE1_SIZES),
@@ -156,7 +164,8 @@ class Inputs:
 
 
 def make_inputs(case: Case, device: torch.device | str, seed: int = 0) -> Inputs:
-    made = inputs.make_case(case.op, case.shape, "normal", "bf16", device, seed)
+    dtype = "fp16" if case.storage == FP16 else "bf16"
+    made = inputs.make_case(case.op, case.shape, "normal", dtype, device, seed)
     arguments = dict(made.arguments)
     for name in SOURCES:
         if name in arguments:

@@ -72,6 +72,7 @@ SMALL = [
         "phase 2 backward T16384 D2048",
         "phase 2 backward, delta and norm T16384 D2048",
         "serving step T8192 D7168 L9",
+        "direct backward, fp16 T8192 D7168 L9",
         "phase 1 forward, scaled fp16 T8192 D4096 N8 S16",
         "phase 1 forward, scaled fp16 sources T8192 D4096 N8 S16",
         "phase 1 forward, stochastic rounding T16384 D2048 N4 S8",
