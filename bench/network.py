@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 import attnres
 from attnres import numerics, oracle
+from attnres.scaled import SCALED_FP16
 from attnres.sites import direct_elements, two_phase_elements
 from bench import autotune, results, timing
 from bench.ops import ITEMSIZE
@@ -197,13 +198,15 @@ def compiled(case: NetworkCase) -> Network:
     return site_by_site(mix, case)
 
 
-def two_phases(backend: str, case: NetworkCase, made: Made) -> Run:
+def two_phases(backend: str, case: NetworkCase, made: Made, storage: str | None = None) -> Run:
     """Prefill through a block of sites: the add and the norm of each in phase 2's launch."""
     blocks = [block.contiguous() for block in made.inputs.unbind(1)]
     norms = torch.ones_like(made.queries)
 
     def run() -> dict[str, Tensor]:
-        sites = attnres.BlockSites(blocks, made.queries[:-1], EPS, output_rms_weight=norms[:-1], backend=backend)
+        sites = attnres.BlockSites(
+            blocks, made.queries[:-1], EPS, output_rms_weight=norms[:-1], storage=storage, backend=backend
+        )
         out = sites.mix()
         for index in range(1, case.layers):
             out = sites.mix(made.deltas[index % len(made.deltas)])
@@ -267,6 +270,7 @@ NETWORKS: dict[str, Callable[[NetworkCase], Network]] = {
 SERVING: dict[str, Callable[[NetworkCase, Made], Run]] = {
     "ours-cute": functools.partial(two_phases, "cute"),
     "ours-triton": functools.partial(two_phases, "triton"),
+    "ours-cute, scaled fp16": functools.partial(two_phases, "cute", storage=SCALED_FP16),
     "ours-cute, direct": functools.partial(direct_sites, "cute"),
     "ours-triton, direct": functools.partial(direct_sites, "triton"),
     "fla-triton": fla_sites,

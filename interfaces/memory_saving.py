@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -85,7 +85,7 @@ class Chain(NamedTuple):
             del hidden
             hidden = mixes.mix(update)
             del update
-        return mixes.close(call_layer(self.layers[sites[-1]], sites[-1], hidden))
+        return cast(Tensor, mixes.close(call_layer(self.layers[sites[-1]], sites[-1], hidden)))
 
 
 class _Gradients(NamedTuple):

@@ -73,14 +73,19 @@ class ScaledTensor:
         return self
 
     @classmethod
-    def from_tensor(cls, tensor: Tensor) -> ScaledTensor:
-        """Each row of a bfloat16, float16 or float32 tensor [..., D] with its scale, rounded to nearest even."""
-        if tensor.dtype not in _DTYPES:
-            raise ValueError(f"tensor is {tensor.dtype}; allowed are bfloat16, float16 and float32")
+    def from_tensor(cls, tensor: Tensor, dtype: torch.dtype | None = None) -> ScaledTensor:
+        """Each row of a bfloat16, float16 or float32 tensor [..., D] with its scale, rounded to nearest even.
+
+        dtype: the one to act as; None: the tensor's.
+        """
+        dtype = tensor.dtype if dtype is None else dtype
+        for name, value in (("tensor", tensor.dtype), ("dtype", dtype)):
+            if value not in _DTYPES:
+                raise ValueError(f"{name} is {value}; allowed are bfloat16, float16 and float32")
         if not tensor.dim() or not tensor.shape[-1]:
             raise ValueError(f"tensor has shape {list(tensor.shape)}; allowed is [..., D] with D >= 1")
         values, scale = pack(tensor.detach().float())
-        stand_in = new_stand_in(values, tensor.shape, tensor.dtype)
+        stand_in = new_stand_in(values, tensor.shape, dtype)
         if tensor.requires_grad and torch.is_grad_enabled():
             stand_in = _AsIfFrom.apply(tensor, stand_in)
         return cls.from_parts(values, scale, stand_in)

@@ -1,6 +1,7 @@
 """The benchmark suite without a GPU: the least-byte model, the bindings of ours, and what is made of a results file."""
 
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -498,7 +499,8 @@ def test_networks_are_checked(kind: str, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_serving_blocks_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     case = network.NetworkCase("serving block", 70, 24, 6, 6, num_blocks=3)
     made = network.make(case, "cpu")
-    for binding in (network.two_phases, network.direct_sites):
+    scaled = functools.partial(network.two_phases, storage="fp16_scaled")
+    for binding in (network.two_phases, scaled, network.direct_sites):
         monkeypatch.setitem(
             network.SERVING, "ours-torch", lambda case, made, binding=binding: binding("torch", case, made)
         )

@@ -629,6 +629,63 @@ def test_block_sites_are_the_direct_mixes(num_blocks: int, two_phases: bool, ran
     assert {"phase1_fwd", "phase2_fwd"} <= {op for op, _ in ran} or (num_blocks == 1 and not two_phases)
 
 
+@pytest.mark.parametrize("output_norm", [False, True])
+@pytest.mark.parametrize("scaled_blocks", [False, True])
+def test_block_sites_in_scaled_fp16(scaled_blocks: bool, output_norm: bool) -> None:
+    """Of the error of bfloat16 storage, a quarter at most is left; magnitudes beyond fp16's are no matter."""
+    torch.manual_seed(0)
+    blocks = [(1e6 * (embedding(64, SIZE) + index)).bfloat16() for index in range(3)]
+    queries, norms = torch.randn(5, SIZE) / 4, torch.rand(5, SIZE) + 0.5 if output_norm else None
+    deltas = [(1e6 * torch.randn(64, SIZE)).bfloat16() for _ in range(5)]
+
+    def run(storage: str | None) -> tuple[list[torch.Tensor], Any]:
+        given: Any = (
+            [attnres.ScaledTensor.from_tensor(block) for block in blocks] if scaled_blocks and storage else blocks
+        )
+        sites = attnres.BlockSites(given, queries, EPS, output_rms_weight=norms, two_phases=True, storage=storage)
+        hidden = [sites.mix(None if site == 0 else deltas[site - 1]) for site in range(5)]
+        return hidden, sites.close(deltas[4])
+
+    exact, total = [], torch.zeros(64, SIZE, dtype=torch.float64)
+    for site in range(5):
+        sources = [block.double() for block in blocks] + ([total.clone()] if site else [])
+        exact.append(oracle.mix(queries[site], sources, None, None if norms is None else norms[site], EPS).out)
+        total += deltas[site].double()
+
+    def error(found: Any, wanted: torch.Tensor) -> float:
+        return float((found.to(torch.float64) - wanted).norm() / wanted.norm())
+
+    with torch.no_grad():
+        (plain, plain_sum), (scaled, scaled_sum) = run(None), run("fp16_scaled")
+    assert all(each.dtype == torch.bfloat16 for each in scaled)
+    assert isinstance(scaled_sum, attnres.ScaledTensor) == scaled_blocks
+    assert scaled_sum.dtype == torch.bfloat16
+    # out is rounded to bfloat16 either way: what differs is what was rounded before
+    floor = [error(each.bfloat16(), each) for each in exact]
+    assert all(error(s, e) < 1.05 * f for s, e, f in zip(scaled, exact, floor, strict=True))
+    assert error(plain[4], exact[4]) > 1.2 * floor[4]
+    if scaled_blocks:
+        assert error(scaled_sum, total) < 0.25 * error(plain_sum, total)
+
+
+def test_block_sites_in_scaled_fp16_have_gradients() -> None:
+    blocks = [embedding().requires_grad_() for _ in range(2)]
+    queries = (torch.randn(3, SIZE) / 4).requires_grad_()
+
+    def gradients(storage: str | None) -> tuple[torch.Tensor, ...]:
+        given: Any = [attnres.ScaledTensor.from_tensor(block) for block in blocks] if storage else blocks
+        sites = attnres.BlockSites(given, queries, EPS, storage=storage)
+        hidden = sites.mix()
+        hidden = sites.mix(torch.sin(hidden))
+        hidden = sites.mix(torch.cos(hidden))
+        total = sites.close(torch.sin(hidden))
+        loss = total.to(torch.float32).square().mean()
+        return torch.autograd.grad(loss, [*blocks, queries])
+
+    for found, expected in zip(gradients("fp16_scaled"), gradients(None), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-3 * float(expected.abs().max()))
+
+
 def test_block_sites_want_the_last_output() -> None:
     sites = attnres.BlockSites([embedding()], torch.zeros(2, SIZE), EPS)
     with pytest.raises(ValueError, match="delta is a tensor at site 0"):
