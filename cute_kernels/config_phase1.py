@@ -25,7 +25,7 @@ MAX_WARPS = 8
 # addresses.
 QUERY_REGISTERS = 128
 MAX_WAITING = 3  # octets of queries times groups of sources with scaled output
-RUN_BYTES = 512  # shorter bulk stores lost time (measured on an H200: 256-byte rows were slower than 16-byte stores)
+RUN_BYTES = 512  # of a row that is stored at a time, where there is room: one instruction of a warp
 # A ring holds three or four tokens (measured on an H200: more did not help), and at least this much, which hides the
 # latency of device memory.
 RING_BYTES = 64 * 1024
@@ -77,8 +77,7 @@ class Phase1Tile:
     blocks: int
     slabs: int  # a slot of the ring holds the rows' columns of warps / slabs warps
     slots: int
-    segment: int  # blocks of one bulk store
-    stages: int  # bulk stores of one warp that may be under way
+    segment: int  # blocks that are staged at a time
     # How sums cross warps. False: each warp adds up one share of them and sends it to every CTA. True: each warp sends
     # its partial sums to every CTA, and every warp adds all of them up: more reads, one wait less.
     direct: bool = False
@@ -219,17 +218,23 @@ class Shape:
         """One warp's largest magnitudes of an item's output rows."""
         return self.out_octets * OCTET * 4 * self.scaled_out
 
+    def places(self, tile: Phase1Tile) -> int:
+        """Of items drawn by a cluster's first CTA for the others': one more than its ring can hold."""
+        return tile.slots + 1 if tile.cluster > 1 else 0
+
     def peaks_bytes(self, tile: Phase1Tile) -> int:
         """Two buffers of every warp's."""
         return 2 * tile.warps * tile.cluster * self.peak_bytes
 
     def fixed_bytes(self, tile: Phase1Tile) -> int:
-        """All but the ring: staging, third terms, buffers of sums and of peaks, barriers of the longest ring."""
+        """All but the ring: staging, third terms, buffers of sums and of peaks, barriers and items of the longest ring."""
         return (
-            tile.warps * (tile.stages * self.stage_bytes(tile) + self.third_bytes(tile))
+            tile.warps * (self.stage_bytes(tile) + self.third_bytes(tile))
             + self.exchange_bytes(tile)
             + self.peaks_bytes(tile)
             + 8 * (2 * MAX_SLOTS + 6)
+            + 4 * MAX_SLOTS
+            + 12 * (MAX_SLOTS + 1) * (tile.cluster > 1)
         )
 
     def shared_bytes(self, tile: Phase1Tile) -> int:
@@ -276,8 +281,9 @@ def phase1_config(
 def shortfall(shape: Shape, tile: Phase1Tile) -> int:
     """How much worse than the best a tile's ring and stores are.
 
-    Measured on an H200 at D = 7168, S = 16: three tokens and 256 bytes a store 0.842, two and a half and 512 bytes
-    0.816, two and 512 bytes 0.798, three and 128 bytes 0.780; at D = 4096, N = 12, S = 16: two tokens 0.630.
+    Measured on an H200, with rows stored by bulk copies, at D = 7168, S = 16: three tokens and 256 bytes a store 0.842,
+    two and a half and 512 bytes 0.816, two and 512 bytes 0.798, three and 128 bytes 0.780; at D = 4096, N = 12, S = 16:
+    two tokens 0.630.
     """
     run = min(RUN_BYTES // (BLOCK * ITEM_BYTES), tile.blocks)
     two = tile.slots < 2.5 * shape.slots_per_item(tile)
@@ -331,7 +337,7 @@ def _ring(shape: Shape, cluster: int, warps: int, blocks: int) -> Phase1Tile | N
         choices.insert(0, (1, 3.0, blocks, True))
     fitting = []
     for slabs, tokens, segment, exchange in choices:
-        tile = Phase1Tile(cluster, warps, blocks, slabs, 0, segment, 1, exchange)
+        tile = Phase1Tile(cluster, warps, blocks, slabs, 0, segment, exchange)
         fit = (SHARED_BYTES - SCRATCH_BYTES - shape.fixed_bytes(tile)) // shape.slot_bytes(tile)
         per_item = shape.slots_per_item(tile)
         # Over a cluster, the fourth token was no gain

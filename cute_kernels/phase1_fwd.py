@@ -23,7 +23,9 @@ def build(config: Phase1Config) -> Any:
     rows = [Int64(0)] * config.num_sources
     outputs = Phase1Outputs(*[Int64(0)] * len(Phase1Outputs._fields))
     numbers = (Int32(1), Float32(1.0), Float32(1.0), Int32(1))
-    return compile_kernel(Phase1Kernel(config), rows, rows, *[Int64(0)] * 4, outputs, *numbers, make_fake_stream())
+    return compile_kernel(
+        Phase1Kernel(config), rows, rows, *[Int64(0)] * 4, outputs, Int64(0), *numbers, make_fake_stream()
+    )
 
 
 @functools.cache
@@ -80,6 +82,7 @@ def phase1_fwd(
         return
     queries, key_weights = aligned(queries), None if key_weights is None else aligned(key_weights)
     stream = current_stream(out.device)
+    counter = item_counter(out.device, stream)
     addresses = [source.data_ptr() for source in sources]
     strides = [source.stride(0) for source in sources]
     first = 0
@@ -112,6 +115,7 @@ def phase1_fwd(
             address_of(key_weights, first),
             0 if key_weights is None else key_weights.stride(0),
             outputs,
+            counter.data_ptr(),
             tokens,
             eps,
             scale,
@@ -119,6 +123,20 @@ def phase1_fwd(
             stream,
         )
         first += config.num_queries
+
+
+def item_counter(device: torch.device, stream: int) -> torch.Tensor:
+    """[1] int32, zero: the kernel leaves it so, and launches on one stream follow each other. A captured launch gets one of its
+    own, since its graph may be replayed on any stream.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(1, dtype=torch.int32, device=device)
+    return stream_counter(device, stream)
+
+
+@functools.cache
+def stream_counter(device: torch.device, stream: int) -> torch.Tensor:
+    return torch.zeros(1, dtype=torch.int32, device=device)
 
 
 def address_of(tensor: torch.Tensor | None, index: int) -> int:

@@ -29,6 +29,25 @@ def cluster_work(cluster: int, tokens: Int32, tokens_per_item: int = 1) -> Work:
     return Work(rank, first, step, (items - first + step - 1) // step, tokens)
 
 
+class Queue(NamedTuple):
+    """Items that clusters take one after the other, as each gets ready for its next."""
+
+    rank: Int32  # of the CTA in its cluster
+    first: Int32  # this cluster's first item
+    clusters: Int32
+    items: Int32
+    tokens: Int32  # T
+
+
+def cluster_queue(cluster: int, tokens: Int32, tokens_per_item: int) -> Queue:
+    """By each role for itself, as cluster_work."""
+    block, _, _ = cute.arch.block_idx()
+    blocks, _, _ = cute.arch.grid_dim()
+    rank = cute.arch.block_idx_in_cluster() if cluster > 1 else Int32(0)
+    items = (tokens + (tokens_per_item - 1)) // tokens_per_item
+    return Queue(rank, block // cluster, blocks // cluster, items, tokens)
+
+
 def sync_cluster(cluster: int) -> None:
     """All threads of the cluster."""
     cute.arch.sync_warp()

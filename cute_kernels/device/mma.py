@@ -211,8 +211,21 @@ def load_scalar(address: Int64, predicate: Boolean) -> Float32:
     return ptx(text, [Float32], [address, predicate], effects=True)[0]
 
 
-def store_scalar(address: Int64, value: Float32, predicate: Boolean) -> None:
-    ptx("@$2 st.global.f32 [$0],$1;", [], [address, value, predicate], effects=True)
+def fetch_increment(address: Int64, predicate: Boolean) -> Int32:
+    """Adds one to an integer, atomically; what it was before, zero where the predicate is false."""
+    text = "{.reg .b32 t; mov.b32 t,0; @$2 atom.global.add.u32 t,[$1],1; mov.b32 $0,t;}"
+    return ptx(text, [Int32], [address, predicate], effects=True)[0]
+
+
+def store_scalar(address: Int64, value: Float32 | Int32, predicate: Boolean) -> None:
+    ptx("@$2 st.global.b32 [$0],$1;", [], [address, value, predicate], effects=True)
+
+
+def store_vector(address: Int64, offset: int, values: list[Int32], predicate: Boolean | None) -> None:
+    """Four 4-byte values of a result that is not read again soon."""
+    guard, condition = _guard(predicate, 5)
+    text = f"{guard}st.global.cs.v4.b32 [$0+{offset}],{{{_slots(1, 4)}}};"
+    ptx(text, [], [address, *values, *condition], effects=True)
 
 
 def store_pair(address: Int64, offset: int, values: list[Float32], predicate: Boolean) -> None:
