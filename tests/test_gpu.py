@@ -214,6 +214,37 @@ def test_steps_in_a_row_see_each_other(tokens: int) -> None:
     assert torch.equal(*prefixes)
 
 
+def test_phase_1_draws_every_item_once() -> None:
+    """Each launch leaves the counter of its stream at zero; launches follow each other closely, on two streams and in graphs."""
+    cases = [
+        inputs.make_case("phase1", Shape(tokens, size, 5, 9), dtype="bf16", device="cuda")
+        for tokens, size in ((1, 2048), (3000, 2048), (67, 7168), (5000, 384), (2000, 4096))
+    ]
+
+    def call(case: inputs.Case) -> torch.Tensor:
+        out, _ = attnres.phase_1(**case.arguments, backend="cute")
+        return out
+
+    expected = []
+    for case in cases:
+        expected.append(call(case))
+        torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = [call(case) for case in cases]
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    torch.use_deterministic_algorithms(True, warn_only=True)  # outputs full of NaN
+    found = []
+    for stream in streams:
+        with torch.cuda.stream(stream):
+            found.append([[call(case) for case in cases] for _ in range(5)])
+            graph.replay()
+    torch.cuda.synchronize()
+    torch.use_deterministic_algorithms(False)
+    for outputs in (captured, *found[0], *found[1]):
+        assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
+
+
 def test_checked_mode_is_refused_under_capture() -> None:
     query, source = torch.randn(64, device="cuda"), torch.randn(4, 64, device="cuda")
     attnres.attn_res(query, [source], backend="triton")
