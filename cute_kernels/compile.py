@@ -52,16 +52,41 @@ def keep_cubin(folder: str) -> Iterator[None]:
         _options.reset(token)
 
 
-def cached_kernel(build: Callable[[Config], Any]) -> Callable[[Config], Any]:
+_noted: ContextVar[list[tuple[Any, tuple[Any, ...]]] | None] = ContextVar("noted", default=None)
+
+
+@contextlib.contextmanager
+def noted_calls() -> Iterator[list[tuple[Any, tuple[Any, ...]]]]:
+    """Within it, calls of kernels are not made but noted, as (compiled function, arguments)."""
+    calls: list[tuple[Any, tuple[Any, ...]]] = []
+    token = _noted.set(calls)
+    try:
+        yield calls
+    finally:
+        _noted.reset(token)
+
+
+def _notable(function: Any) -> Callable[..., None]:
+    def call(*arguments: Any) -> None:
+        noted = _noted.get()
+        if noted is None:
+            function(*arguments)
+        else:
+            noted.append((function, arguments))
+
+    return call
+
+
+def cached_kernel(build: Callable[[Config], Any]) -> Callable[[Config], Callable[..., None]]:
     """Caches `build(config) -> compiled kernel` in memory and on disk, keyed by the frozen config and the source digest."""
-    loaded: dict[Config, Any] = {}
+    loaded: dict[Config, Callable[..., None]] = {}
 
     @functools.wraps(build)
-    def get(config: Config) -> Any:
-        function = loaded.get(config)
-        if function is None:
-            function = loaded[config] = _from_disk_or_build(build, config)
-        return function
+    def get(config: Config) -> Callable[..., None]:
+        kernel = loaded.get(config)
+        if kernel is None:
+            kernel = loaded[config] = _notable(_from_disk_or_build(build, config))
+        return kernel
 
     return get
 

@@ -29,7 +29,7 @@ MAX_SOURCES = 64
 # Stands for the choice in a compiled graph: use_backend and the environment are read each time the graph runs.
 _AT_RUN_TIME = "at run time"
 
-_used: ContextVar[str | None] = ContextVar("attnres_backend", default=None)
+in_use: ContextVar[str | None] = ContextVar("attnres_backend", default=None)
 
 
 class BackendError(RuntimeError):
@@ -53,11 +53,11 @@ class Spec:
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Within it, calls without `backend=` use this backend ("auto", "cute", "triton" or "torch"), in this thread or task."""
-    token = _used.set(_known(name, "use_backend(...)"))
+    token = in_use.set(_known(name, "use_backend(...)"))
     try:
         yield
     finally:
-        _used.reset(token)
+        in_use.reset(token)
 
 
 def requested(backend: str | None) -> tuple[str, str]:
@@ -66,7 +66,7 @@ def requested(backend: str | None) -> tuple[str, str]:
         return _known(backend, "backend="), f"backend={backend!r}"
     if torch.compiler.is_compiling():
         return _AT_RUN_TIME, ""
-    used = _used.get()
+    used = in_use.get()
     if used is not None:
         return used, f"use_backend({used!r})"
     value = os.environ.get(ENVIRONMENT_VARIABLE)
@@ -153,8 +153,11 @@ def launcher(op: str, backend: str) -> Callable[..., None]:
     return _import_launcher(op, backend)
 
 
-def launch(op: str, backend: str, device: torch.device, *arguments: Any, **precision: Any) -> None:
-    """Runs a launcher with the tensors' device current. `precision`: scales and seed; those that are None are not passed."""
+def launch(op: str, backend: str, device: torch.device, *arguments: Any, **precision: Any) -> Callable[..., None]:
+    """Runs a launcher with the tensors' device current, and returns it.
+
+    precision: scales and seed; those that are None are not passed.
+    """
     run = launcher(op, backend)
     if precision:
         precision = {name: value for name, value in precision.items() if value is not None}
@@ -163,6 +166,7 @@ def launch(op: str, backend: str, device: torch.device, *arguments: Any, **preci
     else:
         with torch.cuda.device(device):
             run(*arguments, **precision)
+    return run
 
 
 _TREES = {"triton": "triton_ref", "cute": "cute_kernels"}

@@ -23,22 +23,22 @@ ENVIRONMENT_VARIABLE = "ATTNRES_CHECK"
 MODES = ("off", "sample", "full")
 SAMPLED_ROWS = 64
 
-_mode: ContextVar[str | None] = ContextVar("attnres_check", default=None)
+in_use: ContextVar[str | None] = ContextVar("attnres_check", default=None)
 
 
 @contextlib.contextmanager
 def checked(mode: str = "sample") -> Iterator[None]:
     """Within it, every call and its gradient is checked: "sample" (64 rows), "full" (all rows) or "off"."""
-    token = _mode.set(_known(mode, "checked(...)"))
+    token = in_use.set(_known(mode, "checked(...)"))
     try:
         yield
     finally:
-        _mode.reset(token)
+        in_use.reset(token)
 
 
 def current() -> str:
     """The mode in force: checked(...), else ATTNRES_CHECK, else "off"."""
-    mode = _mode.get()
+    mode = in_use.get()
     if mode is None:
         mode = _known(os.environ.get(ENVIRONMENT_VARIABLE) or "off", ENVIRONMENT_VARIABLE)
     return mode

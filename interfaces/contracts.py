@@ -271,13 +271,22 @@ def vector(tensor: Tensor) -> Tensor:
 
 def unstack(sources: list[Tensor], stacked: bool) -> list[Tensor]:
     """Checked sources as rows: L views [T, D]."""
-    each = sources[0].unbind(0) if stacked else sources
-    return list(each) if each[0].dim() == 2 else [rows(source) for source in each]
+    return [rows(source) for source in slices(sources, stacked)]
 
 
 def unstack_scales(scales: list[Tensor] | None, stacked: bool) -> list[Tensor] | None:
     """The scales of checked sources, one of each row: L views [T]."""
-    return None if scales is None else [vector(scale) for scale in (scales[0].unbind(0) if stacked else scales)]
+    return None if scales is None else [vector(scale) for scale in slices(scales, stacked)]
+
+
+def slices(sources: list[Tensor], stacked: bool) -> Sequence[Tensor]:
+    """Checked sources, L of [..., D]."""
+    return sources[0].unbind(0) if stacked else sources
+
+
+def flat(sources: Any) -> Sequence[Any]:
+    """The tensors of sources that have not been checked, if they are tensors."""
+    return sources if type(sources) in (list, tuple) else (sources,)
 
 
 def is_stacked(sources: Sequence[Rows] | Rows) -> bool:

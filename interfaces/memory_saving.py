@@ -59,6 +59,9 @@ class Chain(NamedTuple):
         count = len(self.layers)
         return [range(start, min(start + self.block_size, count)) for start in range(0, count, self.block_size)]
 
+    def mix_options(self, scale: float, request: tuple[str, str]) -> mix.Options:
+        return mix.Options(self.eps, scale, False, True, False, False, *request)
+
     def run(self, inputs: Tensor, weights: SiteWeights) -> list[Tensor]:
         """The block representations, inputs first."""
         found = [inputs]
@@ -141,7 +144,7 @@ class _MemorySaving(torch.autograd.Function):
                     blocks.append(ctx.kept.first_run(surroundings))
                 else:
                     blocks.append(chain.run_block(sites, blocks, weights, two_phases=True))
-        outputs = mix.forward(blocks, *weights.row(-1), chain.eps, chain.scale, False, True, False, False, *request)
+        outputs = mix.forward(blocks, *weights.row(-1), chain.mix_options(chain.scale, request))
         out, _mixed, logits, rstd, lse, _weights = outputs
         ctx.save_for_backward(*blocks, *weights, logits, rstd, lse)
         ctx.options, ctx.rng_states = options, rng_states
@@ -165,10 +168,7 @@ class _MemorySaving(torch.autograd.Function):
             logits,
             rstd,
             lse,
-            chain.eps,
-            chain.scale,
-            False,
-            request[0],
+            chain.mix_options(chain.scale, request),
         )
         kept, ctx.kept = ctx.kept, None
         for sites, rng_state in zip(reversed(chain.blocks), reversed(ctx.rng_states), strict=True):
@@ -208,6 +208,12 @@ class _Block:
         self.rstd = self.lse.new_empty((len(blocks), tokens))  # [N, T]
         self.sites_run: list[_Site] = []
 
+    def _phase_1_options(self) -> phase1.Options:
+        return phase1.Options(self.chain.eps, self.chain.scale, False, True, *self.request)
+
+    def _phase_2_options(self) -> phase2.Options:
+        return phase2.Options(self.chain.eps, self.chain.eps, self.chain.scale, True, *self.request)
+
     def first_run(self, surroundings: Surroundings) -> Tensor:
         """In the forward, of a block that is kept: its representation [..., D]."""
         partial, update = self._run(surroundings)
@@ -221,7 +227,7 @@ class _Block:
         """Fills what the backward needs; returns the partial sum before the last layer's output, and that output."""
         chain, (query, key, _) = self.chain, self.weights
         outputs = (self.rows[:-1], self.lse, self.logits, self.rstd, None, None)
-        phase1.fill_outputs(outputs, self.sources, query, key, chain.eps, chain.scale, False, *self.request)
+        phase1.fill_outputs(outputs, self.sources, query, key, self._phase_1_options())
         partial = update = None
         for site, index in enumerate(self.sites):
             hidden, partial, saved = self._mix(site, partial, update)
@@ -240,31 +246,19 @@ class _Block:
             if output is None:
                 # .data has a version counter of its own: the layer's graph keeps this row, and others of the buffer are written to
                 return inter_out.data, None, ()
-            hidden, _, *saved, _ = mix.forward(
-                [inter_out], query, None, output, chain.eps, 1.0, False, True, False, False, *self.request
-            )
+            options = chain.mix_options(1.0, self.request)
+            hidden, _, *saved, _ = mix.forward([inter_out], query, None, output, options)
             return hidden, None, tuple(saved)
         x, delta = (update, None) if partial is None else (partial, update)
         hidden, total, logit, rstd, *_ = phase2.forward(
-            x,
-            delta,
-            query,
-            key,
-            inter_out,
-            self.lse[site],
-            output,
-            chain.eps,
-            chain.eps,
-            chain.scale,
-            True,
-            *self.request,
+            x, delta, query, key, inter_out, self.lse[site], output, self._phase_2_options()
         )
         x = x if delta is None else total
         return hidden, x, (x, logit, rstd)
 
     def backward(self, parameters: LayerParameters, gradients: _Gradients) -> None:
         """Adds the block's part to the gradients; the last of gradients.blocks, its own, is taken off."""
-        chain, (query, key, _) = self.chain, self.weights
+        query, key, _ = self.weights
         d_lse = torch.zeros_like(self.lse)
         d_update = gradients.blocks.pop()
         for site in reversed(range(len(self.sites))):
@@ -280,10 +274,7 @@ class _Block:
             self.lse,
             self.logits,
             self.rstd,
-            chain.eps,
-            chain.scale,
-            False,
-            self.request[0],
+            self._phase_1_options(),
         )
 
     def _site_backward(
@@ -312,10 +303,7 @@ class _Block:
                 output,
                 logit,
                 rstd,
-                chain.eps,
-                chain.eps,
-                chain.scale,
-                self.request[0],
+                self._phase_2_options(),
             )
             return d_x
         if output is None:
@@ -333,9 +321,6 @@ class _Block:
             logits,
             rstd,
             lse,
-            chain.eps,
-            1.0,
-            False,
-            self.request[0],
+            chain.mix_options(1.0, self.request),
         )
         return d_update

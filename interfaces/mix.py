@@ -4,14 +4,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from attnres import backend as backends
 from attnres import checked_mode, contracts, dtypes
-from attnres.registration import Operator, Outputs, empty_as, needs_grad, no_gradients
+from attnres.registration import Operator, Outputs, empty_as, needs_grad
+from attnres.repeated import Call, recall, remember
+
+
+class Options(NamedTuple):
+    """What the operator takes that has no gradient."""
+
+    eps: float
+    scale: float
+    stacked: bool
+    save_statistics: bool
+    save_mixed: bool
+    want_weights: bool
+    backend: str
+    origin: str
+    values: list[Tensor] | None = None  # of scaled sources
+    scales: list[Tensor] | None = None
+    out_dtype: torch.dtype | None = None
+
+
+_OPTIONS = (
+    "float eps, float scale, bool stacked, bool save_statistics, bool save_mixed, bool want_weights, str backend, str origin, "
+    "Tensor[]? values, Tensor[]? scales, ScalarType? out_dtype"
+)
 
 
 def attn_res(
@@ -56,36 +79,39 @@ def attn_res(
         TypeError, ValueError: an argument cannot be used; the message names it.
         BackendError: the named backend cannot take the call.
     """
-    sources = contracts.check_mix(
-        query,
-        residuals,
-        rms_weight,
-        output_rms_weight,
-        rms_eps,
-        scale,
-        return_weights,
-        checkpoint_level,
-        out_dtype=out_dtype,
-    )
-    stand_ins, values, scales = contracts.parts(sources)
-    differentiable = needs_grad(query, rms_weight, output_rms_weight, *stand_ins)
-    outputs = _mix(
-        differentiable,
-        stand_ins,
-        query,
-        rms_weight,
-        output_rms_weight,
-        rms_eps,
-        scale,
-        contracts.is_stacked(residuals),
-        differentiable,
-        checkpoint_level == 0 and output_rms_weight is not None,
-        return_weights,
-        *backends.requested(backend),
-        values,
-        scales,
-        out_dtype,
-    )
+    tensors = (*contracts.flat(residuals), query, rms_weight, output_rms_weight)
+    key = ("mix", backend, type(residuals), rms_eps, scale, return_weights, checkpoint_level, out_dtype)
+    call = recall(tensors, key)
+    if call is None:
+        sources = contracts.check_mix(
+            query,
+            residuals,
+            rms_weight,
+            output_rms_weight,
+            rms_eps,
+            scale,
+            return_weights,
+            checkpoint_level,
+            out_dtype=out_dtype,
+        )
+        stand_ins, values, scales = contracts.parts(sources)
+        differentiable = needs_grad(query, rms_weight, output_rms_weight, *stand_ins)
+        options = Options(
+            rms_eps,
+            scale,
+            contracts.is_stacked(residuals),
+            differentiable,
+            checkpoint_level == 0 and output_rms_weight is not None,
+            return_weights,
+            *backends.requested(backend),
+            values,
+            scales,
+            out_dtype,
+        )
+        call = remember(Call(differentiable, options), tensors, key)
+    else:
+        stand_ins = list(tensors[:-3])
+    outputs = _mix(call, stand_ins, query, rms_weight, output_rms_weight)
     return (outputs[0], outputs[5]) if return_weights else outputs[0]
 
 
@@ -94,32 +120,23 @@ def _allocate(
     query: Tensor,
     key_weight: Tensor | None,
     output_weight: Tensor | None,
-    eps: float,
-    scale: float,
-    stacked: bool,
-    save_statistics: bool,
-    save_mixed: bool,
-    want_weights: bool,
-    backend: str,
-    origin: str,
-    values: list[Tensor] | None = None,
-    scales: list[Tensor] | None = None,
-    out_dtype: torch.dtype | None = None,
+    options: Options,
 ) -> Outputs:
     """out [..., D], mixed [T, D], logits [L, T], rstd [L, T], lse [T], weights [L, ...]; None where not wanted."""
-    first = sources[0]
-    shape = first.shape[1:] if stacked else first.shape
-    depth = first.shape[0] if stacked else len(sources)
+    first, stacked = sources[0], options.stacked
     mixed = logits = rstd = lse = weights = None
-    if save_statistics:
-        tokens = math.prod(shape[:-1])
+    if options.save_statistics or options.want_weights or stacked:
+        *leading, size = first.shape[1:] if stacked else first.shape
+        depth, tokens = first.shape[0] if stacked else len(sources), math.prod(leading)
+    if options.save_statistics:
         logits = first.new_empty((depth, tokens), dtype=torch.float32)
         rstd, lse = empty_as(logits), first.new_empty(tokens, dtype=torch.float32)
-        if save_mixed:
-            mixed = first.new_empty((tokens, shape[-1]), dtype=torch.float32)
-    if want_weights:
-        weights = first.new_empty((depth, *shape[:-1]), dtype=torch.float32)
-    out = first.new_empty(shape, dtype=out_dtype) if stacked else empty_as(first, out_dtype)
+        if options.save_mixed:
+            mixed = first.new_empty((tokens, size), dtype=torch.float32)
+    if options.want_weights:
+        weights = first.new_empty((depth, *leading), dtype=torch.float32)
+    dtype = options.out_dtype
+    out = first.new_empty((*leading, size), dtype=dtype) if stacked else empty_as(first, dtype)
     return out, mixed, logits, rstd, lse, weights
 
 
@@ -128,64 +145,32 @@ def forward(
     query: Tensor,
     key_weight: Tensor | None,
     output_weight: Tensor | None,
-    eps: float,
-    scale: float,
-    stacked: bool,
-    save_statistics: bool,
-    save_mixed: bool,
-    want_weights: bool,
-    backend: str,
-    origin: str,
-    values: list[Tensor] | None = None,
-    scales: list[Tensor] | None = None,
-    out_dtype: torch.dtype | None = None,
+    options: Options,
+    call: Call | None = None,
 ) -> Outputs:
-    outputs = _allocate(
-        sources,
-        query,
-        key_weight,
-        output_weight,
-        eps,
-        scale,
-        stacked,
-        save_statistics,
-        save_mixed,
-        want_weights,
-        "",
-        "",
-        out_dtype=out_dtype,
-    )
+    outputs = _allocate(sources, query, key_weight, output_weight, options)
+    given = (*contracts.slices(sources, options.stacked), query, key_weight, output_weight, *outputs)
+    if call is not None and call.replay(given):
+        return outputs
     out, *statistics, weights = outputs
-    rows, out = contracts.unstack(values or sources, stacked), contracts.rows(out)
-    row_scales = contracts.unstack_scales(scales, stacked)
-    scaled = scales is not None
+    rows, out = contracts.unstack(options.values or sources, options.stacked), contracts.rows(out)
+    row_scales = contracts.unstack_scales(options.scales, options.stacked)
+    scaled = row_scales is not None
     more = dtypes.scaled_sources(scaled)
     asked = contracts.spec("mix_fwd", rows, len(rows), stored=(out.dtype,), scaled=scaled, more=more)
-    name = backends.choose(asked, (backend, origin))
+    name = backends.choose(asked, (options.backend, options.origin))
     tokens = rows[0].shape[0]
     if tokens == 0:
         return outputs
     weights = None if weights is None else weights.view(len(rows), tokens)
-    query = contracts.vector(query)
-    backends.launch(
-        "mix_fwd",
-        name,
-        query.device,
-        rows,
-        query,
-        key_weight,
-        output_weight,
-        eps,
-        eps,
-        scale,
-        out,
-        *statistics,
-        weights,
-        source_scales=row_scales,
-    )
+    query, eps, scale = contracts.vector(query), options.eps, options.scale
+    arguments = (rows, query, key_weight, output_weight, eps, eps, scale, out, *statistics, weights)
+    launcher = backends.launch("mix_fwd", name, query.device, *arguments, source_scales=row_scales)
     if checked_mode.is_on():
-        arguments = _oracle_arguments(rows, row_scales, query, key_weight, output_weight, eps, scale)
-        checked_mode.verify("mix", name, arguments, {"out": out, "weights": weights})
+        oracle = _oracle_arguments(rows, row_scales, query, key_weight, output_weight, eps, scale)
+        checked_mode.verify("mix", name, oracle, {"out": out, "weights": weights})
+    elif call is not None:
+        call.record("mix_fwd", name, launcher, given, arguments)
     return outputs
 
 
@@ -218,12 +203,7 @@ def _allocate_gradients(
     logits: Tensor,
     rstd: Tensor,
     lse: Tensor,
-    eps: float,
-    scale: float,
-    stacked: bool,
-    backend: str,
-    values: list[Tensor] | None = None,
-    scales: list[Tensor] | None = None,
+    options: Options,
 ) -> list[Tensor]:
     """d_sources, then d_query, d_key_weight and d_output_weight (empty where there is no such weight)."""
     found = [empty_as(tensor) for tensor in (*sources, query)]
@@ -232,44 +212,10 @@ def _allocate_gradients(
     ]
 
 
-def _backward(
-    d_out: Tensor,
-    sources: list[Tensor],
-    query: Tensor,
-    key_weight: Tensor | None,
-    output_weight: Tensor | None,
-    mixed: Tensor | None,
-    logits: Tensor,
-    rstd: Tensor,
-    lse: Tensor,
-    eps: float,
-    scale: float,
-    stacked: bool,
-    backend: str,
-    values: list[Tensor] | None = None,
-    scales: list[Tensor] | None = None,
-) -> list[Tensor]:
-    gradients = _allocate_gradients(
-        d_out, sources, query, key_weight, output_weight, mixed, logits, rstd, lse, eps, scale, stacked, backend
-    )
-    fill_gradients(
-        gradients,
-        d_out,
-        sources,
-        query,
-        key_weight,
-        output_weight,
-        mixed,
-        logits,
-        rstd,
-        lse,
-        eps,
-        scale,
-        stacked,
-        backend,
-        values,
-        scales,
-    )
+def _backward(*arguments: Any) -> list[Tensor]:
+    """As _allocate_gradients, whose arguments it has."""
+    gradients = _allocate_gradients(*arguments)
+    fill_gradients(gradients, *arguments)
     return gradients
 
 
@@ -284,17 +230,13 @@ def fill_gradients(
     logits: Tensor,
     rstd: Tensor,
     lse: Tensor,
-    eps: float,
-    scale: float,
-    stacked: bool,
-    backend: str,
-    values: list[Tensor] | None = None,
-    scales: list[Tensor] | None = None,
+    options: Options,
 ) -> None:
     """Fills d_sources, d_query, d_key_weight and d_output_weight; those of the parameters may have any of the dtypes."""
     *d_sources, d_query, d_key_weight, d_output_weight = gradients
-    rows, d_rows = contracts.unstack(values or sources, stacked), contracts.unstack(d_sources, stacked)
-    row_scales = contracts.unstack_scales(scales, stacked)
+    eps, scale, stacked = options.eps, options.scale, options.stacked
+    rows, d_rows = contracts.unstack(options.values or sources, stacked), contracts.unstack(d_sources, stacked)
+    row_scales = contracts.unstack_scales(options.scales, stacked)
     tokens = rows[0].shape[0]
     if tokens == 0:
         for gradient in gradients:
@@ -304,10 +246,10 @@ def fill_gradients(
     query, d_query = contracts.vector(query), contracts.vector(d_query)
     d_key = None if key_weight is None else d_key_weight
     d_output = None if output_weight is None else d_output_weight
-    scaled = scales is not None
+    scaled = row_scales is not None
     more = dtypes.scaled_sources(scaled) + dtypes.mixed_gradients(d_out.dtype, d_rows[0].dtype)
     asked = contracts.spec("mix_bwd", [d_out, *rows, *d_rows], len(rows), scaled=scaled, more=more)
-    name = backends.choose_backward(asked, backend)
+    name = backends.choose_backward(asked, options.backend)
     backends.launch(
         "mix_bwd",
         name,
@@ -341,17 +283,14 @@ def fill_gradients(
         checked_mode.verify("mix", name, arguments, results, {"out": d_out})
 
 
-def _save(ctx: Any, arguments: tuple[Any, ...], outputs: Outputs) -> None:
-    sources, query, key_weight, output_weight, eps, scale, stacked, _, save_mixed, _, backend, _, values, scales, _ = (
-        arguments
-    )
+def _save(ctx: Any, tensors: tuple[Any, ...], options: Options, outputs: Outputs) -> None:
+    sources, query, key_weight, output_weight = tensors
     _, mixed, logits, rstd, lse, _ = outputs
     ctx.mark_non_differentiable(*(output for output in outputs[1:] if output is not None))
     ctx.set_materialize_grads(False)  # else a launch fills zeros for each statistic
-    saved = (query, key_weight, output_weight, mixed if save_mixed else None, logits, rstd, lse)
-    ctx.save_for_backward(*saved, *sources, *(values or ()), *(scales or ()))
-    ctx.options = (eps, scale, stacked, backend)
-    ctx.count = len(sources)
+    saved = (query, key_weight, output_weight, mixed if options.save_mixed else None, logits, rstd, lse)
+    ctx.save_for_backward(*saved, *sources, *(options.values or ()), *(options.scales or ()))
+    ctx.options, ctx.count = options._replace(values=None, scales=None), len(sources)
 
 
 def _gradient(
@@ -360,32 +299,25 @@ def _gradient(
     query, key_weight, output_weight, mixed, logits, rstd, lse, *tensors = ctx.saved_tensors
     sources, values, scales = contracts.thirds(tensors, ctx.count)
     if d_out is None:
-        return (no_gradients(sources), *(None,) * 11, no_gradients(values), no_gradients(scales), None)
-    found = backward(
-        d_out, sources, query, key_weight, output_weight, mixed, logits, rstd, lse, *ctx.options, values, scales
-    )
+        return [None] * ctx.count, None, None, None
+    options = ctx.options._replace(values=values, scales=scales)
+    found = backward(d_out, sources, query, key_weight, output_weight, mixed, logits, rstd, lse, options)
     *d_sources, d_query, d_key_weight, d_output_weight = found
     return (
         d_sources,
         d_query,
         None if key_weight is None else d_key_weight,
         None if output_weight is None else d_output_weight,
-        *(None,) * 8,
-        no_gradients(values),
-        no_gradients(scales),
-        None,
     )
 
 
 _mix = Operator(
     "mix",
-    "(Tensor[] sources, Tensor query, Tensor? key_weight, Tensor? output_weight, float eps, float scale, bool stacked, "
-    "bool save_statistics, bool save_mixed, bool want_weights, str backend, str origin, Tensor[]? values, "
-    "Tensor[]? scales, ScalarType? out_dtype) "
+    Options,
+    f"(Tensor[] sources, Tensor query, Tensor? key_weight, Tensor? output_weight, {_OPTIONS}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "(Tensor d_out, Tensor[] sources, Tensor query, Tensor? key_weight, Tensor? output_weight, Tensor? mixed, Tensor logits, "
-    "Tensor rstd, Tensor lse, float eps, float scale, bool stacked, str backend, Tensor[]? values, "
-    "Tensor[]? scales) -> Tensor[]",
+    f"Tensor rstd, Tensor lse, {_OPTIONS}) -> Tensor[]",
     forward=forward,
     backward=_backward,
     allocate_forward=_allocate,

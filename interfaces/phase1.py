@@ -4,15 +4,38 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from attnres import backend as backends
 from attnres import checked_mode, contracts, dtypes
-from attnres.registration import Operator, Outputs, empty_as, needs_grad, no_gradients
+from attnres.registration import Operator, Outputs, empty_as, needs_grad
+from attnres.repeated import Call, recall, remember
 from attnres.scaled import ScaledTensor, new_stand_in
+
+
+class Options(NamedTuple):
+    """What the operator takes that has no gradient."""
+
+    eps: float
+    scale: float
+    stacked: bool
+    save_statistics: bool
+    backend: str
+    origin: str
+    values: list[Tensor] | None = None  # of scaled sources
+    scales: list[Tensor] | None = None
+    scaled_out: bool = False
+    out_dtype: torch.dtype | None = None
+    seed: int | None = None
+
+
+_OPTIONS = (
+    "float eps, float scale, bool stacked, bool save_statistics, str backend, str origin, Tensor[]? values, Tensor[]? scales, "
+    "bool scaled_out, ScalarType? out_dtype, int? seed"
+)
 
 
 def phase_1(
@@ -56,103 +79,74 @@ def phase_1(
         TypeError, ValueError: an argument cannot be used; the message names it.
         BackendError: the named backend cannot take the call.
     """
-    sources = contracts.check_phase_1(
-        block_representations,
-        pseudo_queries,
-        eps,
-        rms_weight,
-        scale,
-        storage=storage,
-        out_dtype=out_dtype,
-        stochastic_seed=stochastic_seed,
-    )
-    stand_ins, values, scales = contracts.parts(sources)
-    differentiable = needs_grad(pseudo_queries, rms_weight, *stand_ins)
-    out, lse, _, _, out_values, out_scale = _phase_1(
-        differentiable,
-        stand_ins,
-        pseudo_queries,
-        rms_weight,
-        eps,
-        scale,
-        contracts.is_stacked(block_representations),
-        differentiable,
-        *backends.requested(backend),
-        values,
-        scales,
-        storage is not None,
-        out_dtype,
-        stochastic_seed,
-    )
+    tensors = (*contracts.flat(block_representations), pseudo_queries, rms_weight)
+    key = ("phase_1", backend, type(block_representations), eps, scale, storage, out_dtype)
+    key = key if stochastic_seed is None else None
+    call = recall(tensors, key)
+    if call is None:
+        sources = contracts.check_phase_1(
+            block_representations,
+            pseudo_queries,
+            eps,
+            rms_weight,
+            scale,
+            storage=storage,
+            out_dtype=out_dtype,
+            stochastic_seed=stochastic_seed,
+        )
+        stand_ins, values, scales = contracts.parts(sources)
+        differentiable = needs_grad(pseudo_queries, rms_weight, *stand_ins)
+        options = Options(
+            eps,
+            scale,
+            contracts.is_stacked(block_representations),
+            differentiable,
+            *backends.requested(backend),
+            values,
+            scales,
+            storage is not None,
+            out_dtype,
+            stochastic_seed,
+        )
+        call = remember(Call(differentiable, options), tensors, key)
+    else:
+        stand_ins = list(tensors[:-2])
+    out, lse, _, _, out_values, out_scale = _phase_1(call, stand_ins, pseudo_queries, rms_weight)
     return (out if storage is None else ScaledTensor.from_parts(out_values, out_scale, out)), lse
 
 
-def _allocate(
-    sources: list[Tensor],
-    queries: Tensor,
-    key_weights: Tensor | None,
-    eps: float,
-    scale: float,
-    stacked: bool,
-    save_statistics: bool,
-    backend: str,
-    origin: str,
-    values: list[Tensor] | None = None,
-    scales: list[Tensor] | None = None,
-    scaled_out: bool = False,
-    out_dtype: torch.dtype | None = None,
-    seed: int | None = None,
-) -> Outputs:
+def _allocate(sources: list[Tensor], queries: Tensor, key_weights: Tensor | None, options: Options) -> Outputs:
     """out [S, ..., D], lse [S, ...], logits [S, N, T], rstd [N, T], out's values [S, ..., D] and scale [S, ...].
 
     The last four are None where not wanted. With scaled_out, out is the stand-in.
     """
-    first = sources[0]
+    first, stacked, dtype = sources[0], options.stacked, options.out_dtype
     *leading, size = first.shape[1:] if stacked else first.shape
     depth, sites = first.shape[0] if stacked else len(sources), queries.shape[0]
     logits = rstd = None
-    if save_statistics:
+    if options.save_statistics:
         tokens = math.prod(leading)
         logits = first.new_empty((sites, depth, tokens), dtype=torch.float32)
         rstd = first.new_empty((depth, tokens), dtype=torch.float32)
     lse = first.new_empty((sites, *leading), dtype=torch.float32)
     shape = (sites, *leading, size)
-    if not scaled_out:
-        return first.new_empty(shape, dtype=out_dtype), lse, logits, rstd, None, None
+    if not options.scaled_out:
+        return first.new_empty(shape, dtype=dtype), lse, logits, rstd, None, None
     out_values = first.new_empty(shape, dtype=torch.float16)
-    return new_stand_in(first, shape, out_dtype or first.dtype), lse, logits, rstd, out_values, torch.empty_like(lse)
+    return new_stand_in(first, shape, dtype or first.dtype), lse, logits, rstd, out_values, torch.empty_like(lse)
 
 
 def _forward(
     sources: list[Tensor],
     queries: Tensor,
     key_weights: Tensor | None,
-    eps: float,
-    scale: float,
-    stacked: bool,
-    save_statistics: bool,
-    backend: str,
-    origin: str,
-    values: list[Tensor] | None = None,
-    scales: list[Tensor] | None = None,
-    scaled_out: bool = False,
-    out_dtype: torch.dtype | None = None,
-    seed: int | None = None,
+    options: Options,
+    call: Call | None = None,
 ) -> Outputs:
-    outputs = _allocate(
-        sources,
-        queries,
-        key_weights,
-        eps,
-        scale,
-        stacked,
-        save_statistics,
-        backend,
-        origin,
-        scaled_out=scaled_out,
-        out_dtype=out_dtype,
-    )
-    fill_outputs(outputs, sources, queries, key_weights, eps, scale, stacked, backend, origin, values, scales, seed)
+    outputs = _allocate(sources, queries, key_weights, options)
+    given = (*contracts.slices(sources, options.stacked), queries, key_weights, *outputs)
+    if call is None or not call.replay(given):
+        fill_outputs(outputs, sources, queries, key_weights, options, call)
     return outputs
 
 
@@ -161,52 +155,37 @@ def fill_outputs(
     sources: list[Tensor],
     queries: Tensor,
     key_weights: Tensor | None,
-    eps: float,
-    scale: float,
-    stacked: bool,
-    backend: str,
-    origin: str,
-    values: list[Tensor] | None = None,
-    scales: list[Tensor] | None = None,
-    seed: int | None = None,
+    options: Options,
+    call: Call | None = None,
 ) -> None:
     """Fills out (or its values and scale), lse and, where they are wanted, logits and rstd."""
     out, lse, logits, rstd, out_values, out_scale = outputs
-    rows, row_scales = contracts.unstack(values or sources, stacked), contracts.unstack_scales(scales, stacked)
+    eps, scale, stacked, seed = options.eps, options.scale, options.stacked, options.seed
+    rows = contracts.unstack(options.values or sources, stacked)
+    row_scales = contracts.unstack_scales(options.scales, stacked)
     sites, (tokens, size) = queries.shape[0], rows[0].shape
     out = out if out_values is None else out_values
-    if lse.dim() != 2:
-        out, lse = out.view(sites, tokens, size), lse.view(sites, tokens)
+    out, lse = out.view(sites, tokens, size), lse.view(sites, tokens)
     out_scale = None if out_scale is None else out_scale.view(sites, tokens)
-    scaled = scales is not None or out_scale is not None
-    more = dtypes.scaled_sources(scales is not None)
-    options: dict[str, Any] = {"stored": (out.dtype,), "scaled": scaled, "seed": seed, "more": more}
-    asked = contracts.spec("phase1_fwd", rows, len(rows), sites, **options)
-    name = backends.choose(asked, (backend, origin))
+    scaled = row_scales is not None or out_scale is not None
+    more = dtypes.scaled_sources(row_scales is not None)
+    asked = contracts.spec(
+        "phase1_fwd", rows, len(rows), sites, stored=(out.dtype,), scaled=scaled, seed=seed, more=more
+    )
+    name = backends.choose(asked, (options.backend, options.origin))
     if tokens == 0:
         return
-    backends.launch(
-        "phase1_fwd",
-        name,
-        queries.device,
-        rows,
-        queries,
-        _per_site(key_weights, queries),
-        eps,
-        scale,
-        out,
-        lse,
-        logits,
-        rstd,
-        source_scales=row_scales,
-        out_scale=out_scale,
-        seed=seed,
-    )
+    arguments = (rows, queries, _per_site(key_weights, queries), eps, scale, out, lse, logits, rstd)
+    precision = {"source_scales": row_scales, "out_scale": out_scale, "seed": seed}
+    launcher = backends.launch("phase1_fwd", name, queries.device, *arguments, **precision)
     if checked_mode.is_on():
-        arguments = _oracle_arguments(rows, row_scales, queries, key_weights, eps, scale)
+        oracle = _oracle_arguments(rows, row_scales, queries, key_weights, eps, scale)
         stored = contracts.scaled_or_plain(out, out_scale)
         stochastic = () if seed is None else ("out",)
-        checked_mode.verify("phase1", name, arguments, {"out": stored, "lse": lse}, stochastic=stochastic)
+        checked_mode.verify("phase1", name, oracle, {"out": stored, "lse": lse}, stochastic=stochastic)
+    elif call is not None:
+        given = (*contracts.slices(sources, stacked), queries, key_weights, *outputs)
+        call.record("phase1_fwd", name, launcher, given, arguments)
 
 
 def _per_site(key_weights: Tensor | None, queries: Tensor) -> Tensor | None:
@@ -240,41 +219,17 @@ def _allocate_gradients(
     lse: Tensor,
     logits: Tensor,
     rstd: Tensor,
-    eps: float,
-    scale: float,
-    stacked: bool,
-    backend: str,
-    values: list[Tensor] | None = None,
-    scales: list[Tensor] | None = None,
-    seed: int | None = None,
+    options: Options,
 ) -> list[Tensor]:
     """d_sources, then d_queries and d_key_weights (empty where there is no weight)."""
     d_weights = queries.new_empty(0) if key_weights is None else empty_as(key_weights)
     return [*map(empty_as, sources), empty_as(queries), d_weights]
 
 
-def _backward(
-    d_out: Tensor,
-    d_lse: Tensor | None,
-    sources: list[Tensor],
-    queries: Tensor,
-    key_weights: Tensor | None,
-    lse: Tensor,
-    logits: Tensor,
-    rstd: Tensor,
-    eps: float,
-    scale: float,
-    stacked: bool,
-    backend: str,
-    values: list[Tensor] | None = None,
-    scales: list[Tensor] | None = None,
-    seed: int | None = None,
-) -> list[Tensor]:
-    gradients = _allocate_gradients(
-        d_out, d_lse, sources, queries, key_weights, lse, logits, rstd, eps, scale, stacked, backend
-    )
-    given = d_out, d_lse, sources, queries, key_weights, lse, logits, rstd, eps, scale, stacked, backend
-    fill_gradients(gradients, False, *given, values, scales, seed)
+def _backward(*arguments: Any) -> list[Tensor]:
+    """As _allocate_gradients, whose arguments it has."""
+    gradients = _allocate_gradients(*arguments)
+    fill_gradients(gradients, False, *arguments)
     return gradients
 
 
@@ -289,26 +244,21 @@ def fill_gradients(
     lse: Tensor,
     logits: Tensor,
     rstd: Tensor,
-    eps: float,
-    scale: float,
-    stacked: bool,
-    backend: str,
-    values: list[Tensor] | None = None,
-    scales: list[Tensor] | None = None,
-    seed: int | None = None,
+    options: Options,
 ) -> None:
     """Fills d_sources (with `accumulate` adds to them), d_queries and d_key_weights, which may have any of the dtypes."""
     *d_sources, d_queries, d_key_weights = gradients
+    eps, scale, stacked = options.eps, options.scale, options.stacked
     if accumulate and checked_mode.is_on():  # the oracle judges what this call alone contributes
         shares = [torch.empty_like(d_source) for d_source in d_sources]
-        given = d_out, d_lse, sources, queries, key_weights, lse, logits, rstd, eps, scale, stacked, backend
-        fill_gradients([*shares, d_queries, d_key_weights], False, *given, values, scales, seed)
+        given = d_out, d_lse, sources, queries, key_weights, lse, logits, rstd, options
+        fill_gradients([*shares, d_queries, d_key_weights], False, *given)
         for d_source, share in zip(d_sources, shares, strict=True):
             d_source.add_(share)
         return
-    rows, d_rows = contracts.unstack(values or sources, stacked), contracts.unstack(d_sources, stacked)
-    row_scales = contracts.unstack_scales(scales, stacked)
-    seed = None if d_rows[0].dtype == torch.float32 else seed
+    rows, d_rows = contracts.unstack(options.values or sources, stacked), contracts.unstack(d_sources, stacked)
+    row_scales = contracts.unstack_scales(options.scales, stacked)
+    seed = None if d_rows[0].dtype == torch.float32 else options.seed
     sites, tokens = queries.shape[0], rows[0].shape[0]
     if tokens == 0:
         for gradient in (d_queries, d_key_weights) if accumulate else gradients:
@@ -320,10 +270,10 @@ def fill_gradients(
     if key_weights is not None:  # a shared weight's gradient is the sum over sites of fp32 rows
         d_weights = d_key_weights if key_weights.dim() == 2 else queries.new_empty(queries.shape, dtype=torch.float32)
     storage = [*d_out.unbind(0), *rows, *d_rows]
-    scaled = scales is not None
+    scaled = row_scales is not None
     more = dtypes.scaled_sources(scaled)
     asked = contracts.spec("phase1_bwd", storage, len(rows), sites, scaled=scaled, seed=seed, more=more)
-    name = backends.choose_backward(asked, backend)
+    name = backends.choose_backward(asked, options.backend)
     backends.launch(
         "phase1_bwd",
         name,
@@ -358,15 +308,15 @@ def fill_gradients(
         checked_mode.verify("phase1", name, arguments, results, {"out": d_out, "lse": d_lse}, stochastic)
 
 
-def _save(ctx: Any, arguments: tuple[Any, ...], outputs: Outputs) -> None:
-    sources, queries, key_weights, eps, scale, stacked, _, backend, _, values, scales, _, _, seed = arguments
+def _save(ctx: Any, tensors: tuple[Any, ...], options: Options, outputs: Outputs) -> None:
+    sources, queries, key_weights = tensors
     _, lse, *others = outputs
     logits, rstd, _, _ = others
     ctx.mark_non_differentiable(*(other for other in others if other is not None))
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(queries, key_weights, lse, logits, rstd, *sources, *(values or ()), *(scales or ()))
-    ctx.options = (eps, scale, stacked, backend)
-    ctx.count, ctx.seed = len(sources), seed
+    saved = (queries, key_weights, lse, logits, rstd)
+    ctx.save_for_backward(*saved, *sources, *(options.values or ()), *(options.scales or ()))
+    ctx.options, ctx.count = options._replace(values=None, scales=None), len(sources)
 
 
 def _gradient(
@@ -374,32 +324,22 @@ def _gradient(
 ) -> tuple[Any, ...]:
     queries, key_weights, lse, logits, rstd, *tensors = ctx.saved_tensors
     sources, values, scales = contracts.thirds(tensors, ctx.count)
+    options = ctx.options._replace(values=values, scales=scales)
     if d_out is None:
-        first = sources[0][0] if ctx.options[2] else sources[0]
+        first = contracts.slices(sources, options.stacked)[0]
         d_out = first.new_zeros((queries.shape[0], *first.shape))
-    found = backward(
-        d_out, d_lse, sources, queries, key_weights, lse, logits, rstd, *ctx.options, values, scales, ctx.seed
-    )
+    found = backward(d_out, d_lse, sources, queries, key_weights, lse, logits, rstd, options)
     *d_sources, d_queries, d_key_weights = found
-    return (
-        d_sources,
-        d_queries,
-        None if key_weights is None else d_key_weights,
-        *(None,) * 6,
-        no_gradients(values),
-        no_gradients(scales),
-        *(None,) * 3,
-    )
+    return d_sources, d_queries, None if key_weights is None else d_key_weights
 
 
 _phase_1 = Operator(
     "phase_1",
-    "(Tensor[] sources, Tensor queries, Tensor? key_weights, float eps, float scale, bool stacked, bool save_statistics, "
-    "str backend, str origin, Tensor[]? values, Tensor[]? scales, bool scaled_out, ScalarType? out_dtype, "
-    "int? seed) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "(Tensor d_out, Tensor? d_lse, Tensor[] sources, Tensor queries, Tensor? key_weights, Tensor lse, Tensor logits, Tensor rstd, "
-    "float eps, float scale, bool stacked, str backend, Tensor[]? values, Tensor[]? scales, int? seed) "
-    "-> Tensor[]",
+    Options,
+    f"(Tensor[] sources, Tensor queries, Tensor? key_weights, {_OPTIONS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor d_out, Tensor? d_lse, Tensor[] sources, Tensor queries, Tensor? key_weights, Tensor lse, Tensor logits, "
+    f"Tensor rstd, {_OPTIONS}) -> Tensor[]",
     forward=_forward,
     backward=_backward,
     allocate_forward=_allocate,

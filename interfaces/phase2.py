@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,32 @@ from torch import Tensor
 from attnres import backend as backends
 from attnres import checked_mode, contracts, dtypes
 from attnres.registration import Operator, Outputs, empty_as, needs_grad
+from attnres.repeated import Call, recall, remember
 from attnres.scaled import ScaledTensor, new_stand_in
+
+
+class Options(NamedTuple):
+    """What the operator takes that has no gradient."""
+
+    eps: float
+    output_eps: float
+    scale: float
+    save_statistics: bool
+    backend: str
+    origin: str
+    partial_values: Tensor | None = None
+    partial_scale: Tensor | None = None
+    inter_values: Tensor | None = None
+    inter_scale: Tensor | None = None
+    scaled_sum: bool = False
+    out_dtype: torch.dtype | None = None
+    seed: int | None = None
+
+
+_OPTIONS = (
+    "float eps, float output_eps, float scale, bool save_statistics, str backend, str origin, Tensor? partial_values, "
+    "Tensor? partial_scale, Tensor? inter_values, Tensor? inter_scale, bool scaled_sum, ScalarType? out_dtype, int? seed"
+)
 
 
 def phase_2(
@@ -65,50 +90,48 @@ def phase_2(
         TypeError, ValueError: an argument cannot be used; the message names it.
         BackendError: the named backend cannot take the call.
     """
-    contracts.check_phase_2(
-        partial_sum,
-        pseudo_query,
-        inter_out,
-        inter_lse,
-        eps,
-        rms_weight,
-        scale,
-        delta=delta,
-        output_rms_weight=output_rms_weight,
-        output_rms_eps=output_rms_eps,
-        storage=storage,
-        out_dtype=out_dtype,
-        stochastic_seed=stochastic_seed,
-    )
-    partial, partial_values, partial_scale = contracts.part(partial_sum)
-    inter, inter_values, inter_scale = contracts.part(inter_out)
-    scaled_sum = delta is not None and (storage is not None or partial_scale is not None)
-    differentiable = needs_grad(partial, delta, pseudo_query, rms_weight, inter, inter_lse, output_rms_weight)
-    out, new_partial, _, _, new_values, new_scale = _phase_2(
-        differentiable,
-        partial,
-        delta,
-        pseudo_query,
-        rms_weight,
-        inter,
-        inter_lse,
-        output_rms_weight,
-        eps,
-        eps if output_rms_eps is None else output_rms_eps,
-        scale,
-        differentiable,
-        *backends.requested(backend),
-        partial_values,
-        partial_scale,
-        inter_values,
-        inter_scale,
-        scaled_sum,
-        out_dtype,
-        stochastic_seed,
-    )
+    tensors = (partial_sum, delta, pseudo_query, rms_weight, inter_out, inter_lse, output_rms_weight)
+    key = ("phase_2", backend, eps, scale, output_rms_eps, storage, out_dtype) if stochastic_seed is None else None
+    call = recall(tensors, key)
+    if call is None:
+        contracts.check_phase_2(
+            partial_sum,
+            pseudo_query,
+            inter_out,
+            inter_lse,
+            eps,
+            rms_weight,
+            scale,
+            delta=delta,
+            output_rms_weight=output_rms_weight,
+            output_rms_eps=output_rms_eps,
+            storage=storage,
+            out_dtype=out_dtype,
+            stochastic_seed=stochastic_seed,
+        )
+        partial, *partial_parts = contracts.part(partial_sum)
+        inter, *inter_parts = contracts.part(inter_out)
+        differentiable = needs_grad(partial, delta, pseudo_query, rms_weight, inter, inter_lse, output_rms_weight)
+        options = Options(
+            eps,
+            eps if output_rms_eps is None else output_rms_eps,
+            scale,
+            differentiable,
+            *backends.requested(backend),
+            *partial_parts,
+            *inter_parts,
+            delta is not None and (storage is not None or isinstance(partial_sum, ScaledTensor)),
+            out_dtype,
+            stochastic_seed,
+        )
+        call = remember(Call(differentiable, options), tensors, key)
+        tensors = (partial, delta, pseudo_query, rms_weight, inter, inter_lse, output_rms_weight)
+    out, new_partial, _, _, new_values, new_scale = _phase_2(call, *tensors)
     if delta is None:
         return out
-    return out, (ScaledTensor.from_parts(new_values, new_scale, new_partial) if scaled_sum else new_partial)
+    return out, (
+        ScaledTensor.from_parts(new_values, new_scale, new_partial) if call.options.scaled_sum else new_partial
+    )
 
 
 def _allocate(
@@ -119,39 +142,22 @@ def _allocate(
     inter_out: Tensor,
     inter_lse: Tensor,
     output_weight: Tensor | None,
-    eps: float,
-    output_eps: float,
-    scale: float,
-    save_statistics: bool,
-    backend: str,
-    origin: str,
-    partial_values: Tensor | None = None,
-    partial_scale: Tensor | None = None,
-    inter_values: Tensor | None = None,
-    inter_scale: Tensor | None = None,
-    scaled_sum: bool = False,
-    out_dtype: torch.dtype | None = None,
-    seed: int | None = None,
+    options: Options,
 ) -> Outputs:
     """out [..., D], new_partial [..., D] (None without delta), logit [...], rstd [...], new values [..., D] and scale [...].
 
     The last four are None where not wanted. With scaled_sum, new_partial is the stand-in.
     """
-    new_partial = new_values = new_scale = None
-    if scaled_sum:
+    new_partial = logit = rstd = new_values = new_scale = None
+    if options.scaled_sum:
         new_partial = new_stand_in(partial, partial.shape, partial.dtype)
         new_values = partial.new_empty(partial.shape, dtype=torch.float16)
         new_scale = inter_lse.new_empty(inter_lse.shape)
     elif delta is not None:
         new_partial = empty_as(partial)
-    return (
-        empty_as(partial, out_dtype),
-        new_partial,
-        empty_as(inter_lse) if save_statistics else None,
-        empty_as(inter_lse) if save_statistics else None,
-        new_values,
-        new_scale,
-    )
+    if options.save_statistics:
+        logit, rstd = empty_as(inter_lse), empty_as(inter_lse)
+    return empty_as(partial, options.out_dtype), new_partial, logit, rstd, new_values, new_scale
 
 
 def forward(
@@ -162,51 +168,30 @@ def forward(
     inter_out: Tensor,
     inter_lse: Tensor,
     output_weight: Tensor | None,
-    eps: float,
-    output_eps: float,
-    scale: float,
-    save_statistics: bool,
-    backend: str,
-    origin: str,
-    partial_values: Tensor | None = None,
-    partial_scale: Tensor | None = None,
-    inter_values: Tensor | None = None,
-    inter_scale: Tensor | None = None,
-    scaled_sum: bool = False,
-    out_dtype: torch.dtype | None = None,
-    seed: int | None = None,
+    options: Options,
+    call: Call | None = None,
 ) -> Outputs:
-    outputs = _allocate(
-        partial,
-        delta,
-        query,
-        key_weight,
-        inter_out,
-        inter_lse,
-        output_weight,
-        eps,
-        output_eps,
-        scale,
-        save_statistics,
-        "",
-        "",
-        scaled_sum=scaled_sum,
-        out_dtype=out_dtype,
-    )
+    tensors = (partial, delta, query, key_weight, inter_out, inter_lse, output_weight)
+    outputs = _allocate(*tensors, options)
+    given = (*tensors, *outputs)
+    if call is not None and call.replay(given):
+        return outputs
     out, new_partial, logit, rstd, new_values, new_scale = outputs
     new_partial = new_partial if new_values is None else new_values
-    rows = [partial if partial_values is None else partial_values, inter_out if inter_values is None else inter_values]
+    eps, output_eps, scale, seed = options.eps, options.output_eps, options.scale, options.seed
+    rows = [
+        partial if options.partial_values is None else options.partial_values,
+        inter_out if options.inter_values is None else options.inter_values,
+    ]
     storage = [contracts.rows(tensor) for tensor in (*rows, delta) if tensor is not None]
     stored = (out.dtype,) if new_partial is None else (out.dtype, new_partial.dtype)
-    scaled = partial_scale is not None or inter_scale is not None or new_scale is not None
-    scales: list[Tensor | None] = [None] * 3
-    if scaled:
-        scales = [
-            None if value is None else contracts.vector(value) for value in (partial_scale, inter_scale, new_scale)
-        ]
-    name = backends.choose(
-        contracts.spec("phase2_fwd", storage, stored=stored, scaled=scaled, seed=seed), (backend, origin)
-    )
+    scales = [
+        None if value is None else contracts.vector(value)
+        for value in (options.partial_scale, options.inter_scale, new_scale)
+    ]
+    scaled = any(value is not None for value in scales)
+    asked = contracts.spec("phase2_fwd", storage, stored=stored, scaled=scaled, seed=seed)
+    name = backends.choose(asked, (options.backend, options.origin))
     tokens = storage[0].shape[0]
     if tokens == 0:
         return outputs
@@ -214,29 +199,10 @@ def forward(
     out, new_partial = contracts.rows(out), None if new_partial is None else contracts.rows(new_partial)
     logit, rstd = (None if value is None else contracts.vector(value) for value in (logit, rstd))
     query, lse = contracts.vector(query), contracts.vector(inter_lse.contiguous())
-    backends.launch(
-        "phase2_fwd",
-        name,
-        partial.device,
-        x,
-        addend,
-        query,
-        key_weight,
-        inter,
-        lse,
-        output_weight,
-        eps,
-        output_eps,
-        scale,
-        out,
-        new_partial,
-        logit,
-        rstd,
-        partial_scale=scales[0],
-        inter_scale=scales[1],
-        new_partial_scale=scales[2],
-        seed=seed,
-    )
+    arguments = (x, addend, query, key_weight, inter, lse, output_weight, eps, output_eps, scale)
+    arguments = (*arguments, out, new_partial, logit, rstd)
+    precision = dict(zip(("partial_scale", "inter_scale", "new_partial_scale"), scales, strict=True))
+    launcher = backends.launch("phase2_fwd", name, partial.device, *arguments, **precision, seed=seed)
     if checked_mode.is_on():
         checked_x = contracts.scaled_or_plain(x, scales[0])
         if addend is not None and new_partial is not None:
@@ -244,10 +210,10 @@ def forward(
             checked_mode.verify_sum("phase2", "new_partial", name, checked_x, addend, kept, seed is not None)
             checked_x = kept
         checked_inter = contracts.scaled_or_plain(inter, scales[1])
-        arguments = _oracle_arguments(
-            checked_x, query, checked_inter, lse, eps, key_weight, scale, output_weight, output_eps
-        )
-        checked_mode.verify("phase2", name, arguments, {"out": out})
+        oracle = _oracle_arguments(checked_x, query, checked_inter, lse, key_weight, output_weight, options)
+        checked_mode.verify("phase2", name, oracle, {"out": out})
+    elif call is not None:
+        call.record("phase2_fwd", name, launcher, given, arguments)
     return outputs
 
 
@@ -256,22 +222,20 @@ def _oracle_arguments(
     query: Tensor,
     inter_out: contracts.Rows,
     inter_lse: Tensor,
-    eps: float,
     key_weight: Tensor | None,
-    scale: float,
     output_weight: Tensor | None,
-    output_eps: float,
+    options: Options,
 ) -> dict[str, Any]:
     return {
         "partial_sum": partial,
         "pseudo_query": query,
         "inter_out": inter_out,
         "inter_lse": inter_lse,
-        "eps": eps,
+        "eps": options.eps,
         "rms_weight": key_weight,
-        "scale": scale,
+        "scale": options.scale,
         "output_rms_weight": output_weight,
-        "output_rms_eps": output_eps,
+        "output_rms_eps": options.output_eps,
     }
 
 
@@ -286,14 +250,7 @@ def _allocate_gradients(
     output_weight: Tensor | None,
     logit: Tensor,
     rstd: Tensor,
-    eps: float,
-    output_eps: float,
-    scale: float,
-    backend: str,
-    partial_values: Tensor | None = None,
-    partial_scale: Tensor | None = None,
-    inter_values: Tensor | None = None,
-    inter_scale: Tensor | None = None,
+    options: Options,
 ) -> list[Tensor]:
     """d_partial, d_inter_out, d_inter_lse, d_query, d_key_weight, d_output_weight (the last two empty without such a weight)."""
     found = [empty_as(tensor) for tensor in (partial, inter_out, inter_lse, query)]
@@ -302,63 +259,10 @@ def _allocate_gradients(
     ]
 
 
-def _backward(
-    d_out: Tensor,
-    d_new_partial: Tensor | None,
-    partial: Tensor,
-    query: Tensor,
-    key_weight: Tensor | None,
-    inter_out: Tensor,
-    inter_lse: Tensor,
-    output_weight: Tensor | None,
-    logit: Tensor,
-    rstd: Tensor,
-    eps: float,
-    output_eps: float,
-    scale: float,
-    backend: str,
-    partial_values: Tensor | None = None,
-    partial_scale: Tensor | None = None,
-    inter_values: Tensor | None = None,
-    inter_scale: Tensor | None = None,
-) -> list[Tensor]:
-    gradients = _allocate_gradients(
-        d_out,
-        d_new_partial,
-        partial,
-        query,
-        key_weight,
-        inter_out,
-        inter_lse,
-        output_weight,
-        logit,
-        rstd,
-        eps,
-        output_eps,
-        scale,
-        backend,
-    )
-    fill_gradients(
-        gradients,
-        d_out,
-        d_new_partial,
-        partial,
-        query,
-        key_weight,
-        inter_out,
-        inter_lse,
-        output_weight,
-        logit,
-        rstd,
-        eps,
-        output_eps,
-        scale,
-        backend,
-        partial_values,
-        partial_scale,
-        inter_values,
-        inter_scale,
-    )
+def _backward(*arguments: Any) -> list[Tensor]:
+    """As _allocate_gradients, whose arguments it has."""
+    gradients = _allocate_gradients(*arguments)
+    fill_gradients(gradients, *arguments)
     return gradients
 
 
@@ -374,20 +278,15 @@ def fill_gradients(
     output_weight: Tensor | None,
     logit: Tensor,
     rstd: Tensor,
-    eps: float,
-    output_eps: float,
-    scale: float,
-    backend: str,
-    partial_values: Tensor | None = None,
-    partial_scale: Tensor | None = None,
-    inter_values: Tensor | None = None,
-    inter_scale: Tensor | None = None,
+    options: Options,
 ) -> None:
     """Fills d_partial, d_inter_out, d_inter_lse and the parameters' gradients, which may have any of the dtypes."""
     d_partial, d_inter_out, d_inter_lse, d_query, d_key_weight, d_output_weight = gradients
-    partial = contracts.rows(partial if partial_values is None else partial_values)
-    inter_out = contracts.rows(inter_out if inter_values is None else inter_values)
-    scales = [None if value is None else contracts.vector(value) for value in (partial_scale, inter_scale)]
+    partial = contracts.rows(partial if options.partial_values is None else options.partial_values)
+    inter_out = contracts.rows(inter_out if options.inter_values is None else options.inter_values)
+    scales = [
+        None if value is None else contracts.vector(value) for value in (options.partial_scale, options.inter_scale)
+    ]
     tokens = partial.shape[0]
     if tokens == 0:
         for gradient in gradients:
@@ -404,7 +303,7 @@ def fill_gradients(
     scaled = any(value is not None for value in scales)
     given = [] if d_new_partial is None else [d_new_partial.dtype]
     more = dtypes.mixed_gradients(d_out.dtype, d_partial.dtype, d_inter_out.dtype, *given)
-    name = backends.choose_backward(contracts.spec("phase2_bwd", storage, scaled=scaled, more=more), backend)
+    name = backends.choose_backward(contracts.spec("phase2_bwd", storage, scaled=scaled, more=more), options.backend)
     backends.launch(
         "phase2_bwd",
         name,
@@ -417,9 +316,9 @@ def fill_gradients(
         inter_out,
         lse,
         output_weight,
-        eps,
-        output_eps,
-        scale,
+        options.eps,
+        options.output_eps,
+        options.scale,
         contracts.vector(logit),
         contracts.vector(rstd),
         d_partial,
@@ -434,7 +333,7 @@ def fill_gradients(
     if checked_mode.is_on():
         # x is given as the partial sum and returned as the new one, by a delta of zeros: so its gradient has both parts
         x, inter = contracts.scaled_or_plain(partial, scales[0]), contracts.scaled_or_plain(inter_out, scales[1])
-        arguments = _oracle_arguments(x, query, inter, lse, eps, key_weight, scale, output_weight, output_eps)
+        arguments = _oracle_arguments(x, query, inter, lse, key_weight, output_weight, options)
         results = {
             "d_partial_sum": d_partial,
             "d_pseudo_query": d_query,
@@ -447,19 +346,17 @@ def fill_gradients(
         checked_mode.verify("phase2", name, {**arguments, "delta": torch.zeros_like(d_partial)}, results, grads)
 
 
-def _save(ctx: Any, arguments: tuple[Any, ...], outputs: Outputs) -> None:
-    partial, delta, query, key_weight, inter_out, inter_lse, output_weight, *options = arguments
-    eps, output_eps, scale, _, backend, _, x_values, x_scale, inter_values, inter_scale, scaled_sum, _, _ = options
+def _save(ctx: Any, tensors: tuple[Any, ...], options: Options, outputs: Outputs) -> None:
+    partial, delta, query, key_weight, inter_out, inter_lse, output_weight = tensors
     _, new_partial, *others = outputs
     logit, rstd, new_values, new_scale = others
     ctx.mark_non_differentiable(*(other for other in others if other is not None))
     ctx.set_materialize_grads(False)
     x = partial if delta is None else new_partial
-    if scaled_sum:
-        x_values, x_scale = new_values, new_scale
+    x_parts = (new_values, new_scale) if options.scaled_sum else (options.partial_values, options.partial_scale)
     statistics = (query, key_weight, inter_out, inter_lse, output_weight, logit, rstd)
-    ctx.save_for_backward(x, *statistics, x_values, x_scale, inter_values, inter_scale)
-    ctx.options = (eps, output_eps, scale, backend)
+    ctx.save_for_backward(x, *statistics, *x_parts, options.inter_values, options.inter_scale)
+    ctx.options = options._replace(partial_values=None, partial_scale=None, inter_values=None, inter_scale=None)
     ctx.delta_dtype = None if delta is None else delta.dtype
 
 
@@ -475,8 +372,9 @@ def _gradient(
     d_new_partial = None if ctx.delta_dtype is None else d_new_partial
     if d_out is None:
         d_out = x.new_zeros(x.shape)
-    scaled = (x_values, x_scale, inter_values, inter_scale)
-    found = backward(d_out, d_new_partial, x, *statistics, *ctx.options, *scaled)
+    parts = {"partial_values": x_values, "partial_scale": x_scale}
+    options = ctx.options._replace(**parts, inter_values=inter_values, inter_scale=inter_scale)
+    found = backward(d_out, d_new_partial, x, *statistics, options)
     d_partial, d_inter_out, d_inter_lse, d_query, d_key_weight, d_output_weight = found
     return (
         d_partial,
@@ -486,19 +384,16 @@ def _gradient(
         d_inter_out,
         d_inter_lse,
         None if output_weight is None else d_output_weight,
-        *(None,) * 13,
     )
 
 
 _phase_2 = Operator(
     "phase_2",
+    Options,
     "(Tensor partial, Tensor? delta, Tensor query, Tensor? key_weight, Tensor inter_out, Tensor inter_lse, Tensor? output_weight, "
-    "float eps, float output_eps, float scale, bool save_statistics, str backend, str origin, Tensor? partial_values, "
-    "Tensor? partial_scale, Tensor? inter_values, Tensor? inter_scale, bool scaled_sum, "
-    "ScalarType? out_dtype, int? seed) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "(Tensor d_out, Tensor? d_new_partial, Tensor partial, Tensor query, Tensor? key_weight, Tensor inter_out, Tensor inter_lse, "
-    "Tensor? output_weight, Tensor logit, Tensor rstd, float eps, float output_eps, float scale, str backend, "
-    "Tensor? partial_values, Tensor? partial_scale, Tensor? inter_values, Tensor? inter_scale) -> Tensor[]",
+    f"Tensor? output_weight, Tensor logit, Tensor rstd, {_OPTIONS}) -> Tensor[]",
     forward=forward,
     backward=_backward,
     allocate_forward=_allocate,

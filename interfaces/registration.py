@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnres.repeated import Call
 from attnres.scaled import ScaledTensor
 
 Outputs = tuple[Any, ...]  # tensors; None where one is not wanted
@@ -20,18 +21,19 @@ _library = torch.library.Library("attnres", "FRAGMENT")
 
 
 class Operator:
-    """A differentiable operator.
+    """A differentiable operator of tensors that may have gradients, and of options that have none.
 
-    forward(*arguments) -> tuple of new tensors and backward(*arguments) -> list of new tensors do the work; allocate_forward and
-    allocate_backward make their outputs' metadata alone (the fake implementations). An output that is not wanted is None, which
-    torch.library has as an empty tensor. save(ctx, arguments, outputs) keeps what the gradient needs; gradient(ctx, backward,
-    *grads) returns one gradient per argument. Where the schema's first argument is a Tensor[], the gradient's first element is a
-    list. Other Tensor[] arguments have no gradient, which is said by no_gradients.
+    forward(*tensors, options, call=None) -> tuple of new tensors and backward(*gradients and saved tensors, options) -> list of
+    new tensors do the work; allocate_forward and allocate_backward make their outputs' metadata alone (the fake implementations).
+    An output that is not wanted is None, which torch.library has as an empty tensor. save(ctx, tensors, options, outputs) keeps
+    what the gradient needs; gradient(ctx, backward, *grads) returns one gradient per tensor. `options` is a NamedTuple, whose
+    fields end both schemas. Where the forward's schema begins with a Tensor[], the gradient's first element is a list.
     """
 
     def __init__(
         self,
         name: str,
+        options: Any,
         schema: str,
         backward_schema: str,
         *,
@@ -39,62 +41,68 @@ class Operator:
         backward: Callable[..., list[Tensor]],
         allocate_forward: Callable[..., Outputs],
         allocate_backward: Callable[..., list[Tensor]],
-        save: Callable[[Any, tuple[Any, ...], Outputs], None],
+        save: Callable[[Any, tuple[Any, ...], Any, Outputs], None],
         gradient: Callable[..., tuple[Any, ...]],
     ):
+        count = len(options._fields)
+
+        def flat(run: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda *arguments: run(*arguments[:-count], options(*arguments[-count:]))
+
+        register(name, schema, flat(_none_is_empty(forward)), flat(_none_is_empty(allocate_forward)))
+        register(f"{name}_backward", backward_schema, flat(backward), flat(allocate_backward))
         self._forward = forward
-        self._takes_list = schema.startswith("(Tensor[]")
-        register(name, schema, _none_is_empty(forward), _none_is_empty(allocate_forward))
-        register(f"{name}_backward", backward_schema, backward, allocate_backward)
         self._operator = getattr(torch.ops.attnres, name)
         backward_operator = getattr(torch.ops.attnres, f"{name}_backward")
-        torch.library.register_autograd(
-            f"attnres::{name}",
-            lambda ctx, *grads: gradient(ctx, backward_operator, *grads),
-            setup_context=lambda ctx, inputs, output: save(ctx, inputs, output),
-            lib=_library,
-        )
+
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+            given = options(*inputs[-count:])
+            save(ctx, inputs[:-count], given, output)
+            ctx.none_of_options = [[None] * len(value) if isinstance(value, list) else None for value in given]
+
+        def flat_gradient(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+            run = lambda *arguments: backward_operator(*arguments[:-1], *arguments[-1])  # noqa: E731
+            return (*gradient(ctx, run, *grads), *ctx.none_of_options)
+
+        torch.library.register_autograd(f"attnres::{name}", flat_gradient, setup_context=setup_context, lib=_library)
+        self._takes_list = schema.startswith("(Tensor[]")
         self._function = self._autograd_function(forward, backward, save, gradient)
+        # without a look for functorch's wrappers, half of the time: a call that repeats has none
+        self._apply = super(torch.autograd.Function, self._function).apply
 
-    def __call__(self, differentiable: bool, *arguments: Any) -> tuple[Any, ...]:
-        """The forward's outputs, part of the autograd graph when `differentiable` (see needs_grad)."""
+    def __call__(self, call: Call, *tensors: Any) -> tuple[Any, ...]:
+        """The forward's outputs, part of the autograd graph where the call is differentiable (see needs_grad)."""
         if torch.compiler.is_compiling():
-            return self._operator(*arguments)
-        if differentiable:
-            return self._function.apply(*self._flat(arguments))
-        return self._forward(*arguments)
-
-    def _flat(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Tensors of a list as arguments of their own: autograd.Function does not look into lists."""
-        return (len(arguments[0]), *arguments[0], *arguments[1:]) if self._takes_list else arguments
-
-    def _nested(self, flat: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (list(flat[1 : 1 + flat[0]]), *flat[1 + flat[0] :]) if self._takes_list else flat
+            return self._operator(*tensors, *call.options)
+        if not call.differentiable:
+            return self._forward(*tensors, call.options, call)
+        # autograd.Function does not look into lists: tensors of a list are arguments of their own
+        flat = (*tensors[0], *tensors[1:]) if self._takes_list else tensors
+        apply = self._apply if call.repeats else self._function.apply
+        return apply(call, len(tensors) - 1, *flat)
 
     def _autograd_function(
         self,
         forward: Callable[..., Outputs],
         backward: Callable[..., list[Tensor]],
-        save: Callable[[Any, tuple[Any, ...], Outputs], None],
+        save: Callable[[Any, tuple[Any, ...], Any, Outputs], None],
         gradient: Callable[..., tuple[Any, ...]],
     ) -> Any:
-        nested, takes_list = self._nested, self._takes_list
+        takes_list = self._takes_list
 
         class Eager(torch.autograd.Function):
             @staticmethod
-            def forward(ctx: Any, *flat: Any) -> Outputs:
-                arguments = nested(flat)
-                outputs = forward(*arguments)
-                save(ctx, arguments, outputs)
+            def forward(ctx: Any, call: Call, others: int, *flat: Any) -> Outputs:
+                tensors = (list(flat[:-others]), *flat[-others:]) if takes_list else flat
+                outputs = forward(*tensors, call.options, call)
+                save(ctx, tensors, call.options, outputs)
                 return outputs
 
             @staticmethod
             @torch.autograd.function.once_differentiable
             def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
                 found = gradient(ctx, backward, *grads)
-                if takes_list:
-                    found = (None, *found[0], *found[1:])
-                return tuple(None if isinstance(part, list) else part for part in found)
+                return (None, None, *found[0], *found[1:]) if takes_list else (None, None, *found)
 
         return Eager
 
@@ -120,14 +128,6 @@ def empty_as(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-def no_gradients(tensors: list[Tensor] | None) -> list[None] | None:
-    return None if tensors is None else [None] * len(tensors)
-
-
 def needs_grad(*tensors: Tensor | ScaledTensor | None) -> bool:
     """Whether autograd will want a gradient of any of them."""
-    if torch.is_grad_enabled():
-        for tensor in tensors:  # any() of a generator would take twice as long
-            if tensor is not None and tensor.requires_grad:
-                return True
-    return False
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)

@@ -1,0 +1,132 @@
+"""Calls that repeat: what was found of a call holds for the next one with the same metadata.
+
+The checks of a call, its options and its backend follow from the metadata of its tensors (type, shape, strides, dtype, device,
+requires_grad), its other arguments, and the settings in force. One comparison in C++ recognises a call like an earlier one, which
+then is not checked again; and where its kernels take nothing from the call but addresses (cute_kernels.replay), only these are
+read before they are launched. A call that differs in anything, or fails a check, goes the long way.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnres import backend as backends
+from attnres import checked_mode
+
+try:
+    from torch._C._dynamo.guards import TensorGuards
+    from torch._C._functorch import is_functorch_wrapped_tensor
+except ImportError:  # they are not public: without them every call goes the long way
+    TensorGuards = None
+
+MAX_SIGNATURES = 1024
+
+# What os.environ looks into: a name that is not set costs .7 us there.
+_ENVIRONMENT: Any = os.environ._data
+_BACKEND, _CHECK = map(os.environ.encodekey, (backends.ENVIRONMENT_VARIABLE, checked_mode.ENVIRONMENT_VARIABLE))
+
+Key = tuple[Any, ...]
+
+
+class Call:
+    """What is known of a call, and of those like it."""
+
+    __slots__ = ("_launch", "_replay", "differentiable", "options", "repeats")
+
+    def __init__(self, differentiable: bool, options: Any):
+        self.differentiable, self.options = differentiable, options
+        self.repeats = False
+        self._launch: tuple[str, str, Callable[..., None]] | None = None
+        self._replay: Callable[[list[int]], bool] | None = None
+
+    def replay(self, tensors: Sequence[Tensor | None]) -> bool:
+        """Launches as the call that was recorded did; False where this call has to go the long way.
+
+        tensors: as `record` had them.
+        """
+        if self._replay is None or self._launch is None:
+            return False
+        op, backend, launcher = self._launch
+        if backends.launcher(op, backend) is not launcher:  # someone watches or replaces launchers
+            return False
+        return self._replay([tensor.data_ptr() for tensor in tensors if tensor is not None])
+
+    def record(
+        self,
+        op: str,
+        backend: str,
+        launcher: Callable[..., None],
+        tensors: Sequence[Tensor | None],
+        arguments: tuple[Any, ...],
+    ) -> None:
+        """After a launch. tensors: those of the call, where the launcher's arguments have them or views of them, in this order.
+
+        The first call of a signature is not recorded: it may be the only one.
+        """
+        if self._launch is not None or not self.repeats:
+            return
+        self._launch = op, backend, launcher
+        if backend == "cute":
+            from cute_kernels.replay import record
+
+            self._replay = record(launcher, arguments, [tensor for tensor in tensors if tensor is not None])
+
+
+def recall(tensors: Sequence[Any], key: Key | None) -> Call | None:
+    """What is known of a call, from an earlier one that its checks let pass.
+
+    key: the operation and the arguments that are no tensors; None for a call that is unlike all others.
+    """
+    if key is None or TensorGuards is None or torch.compiler.is_compiling():
+        return None
+    try:
+        slot = _slot(*_settings(), _pattern(tensors), tensors[0].shape, *key)
+    except (AttributeError, TypeError):  # not a tensor, or cannot be hashed: the checks will say so
+        return None
+    if slot.guards is None or not slot.guards.check(*_present(tensors)):
+        return None
+    slot.call.repeats = True
+    return slot.call
+
+
+def remember(call: Call, tensors: Sequence[Any], key: Key | None) -> Call:
+    """Of a call that all checks let pass. One of scaled tensors or subclasses is not remembered."""
+    if key is None or TensorGuards is None or torch.compiler.is_compiling():
+        return call
+    present = _present(tensors)
+    if all(type(t) in (Tensor, torch.nn.Parameter) and not is_functorch_wrapped_tensor(t) for t in present):
+        slot = _slot(*_settings(), _pattern(tensors), tensors[0].shape, *key)
+        slot.guards = TensorGuards(*present, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+        slot.call = call
+    return call
+
+
+class _Slot:
+    """The last call with one key. Its guards take no call that has a tensor twice."""
+
+    guards: Any = None
+    call: Any = None
+
+
+@functools.lru_cache(maxsize=MAX_SIGNATURES, typed=True)  # typed: True is no number
+def _slot(*key: Any) -> _Slot:
+    return _Slot()
+
+
+def _settings() -> tuple[Any, ...]:
+    look = _ENVIRONMENT.get
+    return torch.is_grad_enabled(), backends.in_use.get(), look(_BACKEND), checked_mode.in_use.get(), look(_CHECK)
+
+
+def _pattern(tensors: Sequence[Any]) -> tuple[bool, ...]:
+    return tuple([tensor is None for tensor in tensors])
+
+
+def _present(tensors: Sequence[Any]) -> list[Any]:
+    return [tensor for tensor in tensors if tensor is not None]
