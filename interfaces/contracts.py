@@ -7,7 +7,6 @@ Nothing is cast or copied to make an argument fit.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -343,7 +342,7 @@ def spec(
     """
     first, alignment = tensors[0], byte_alignment(tensors, stride)
     features = dtypes.features({*stored, *[tensor.dtype for tensor in tensors]}, scaled, seed, more)
-    return _spec(op, first.device, first.dtype, first.shape[-1], num_sources, num_queries, alignment, features)
+    return Spec(op, first.device, first.dtype, first.shape[-1], num_sources, num_queries, alignment, features)
 
 
 def step_spec(
@@ -362,9 +361,6 @@ def step_spec(
     return spec("serve_step", tensors, num_blocks + 1, stored=stored, scaled=scaled, seed=seed, stride=stride)
 
 
-_spec = functools.lru_cache(maxsize=4096)(Spec)  # a frozen dataclass takes a microsecond to make
-
-
 def byte_alignment(tensors: Sequence[Tensor], stride: int = 0) -> int:
     """The largest power of two, 16 at most, that divides every row's address of the tensors [T, ..., D], of one dtype.
 
@@ -373,7 +369,7 @@ def byte_alignment(tensors: Sequence[Tensor], stride: int = 0) -> int:
     bits, strides = 16, stride
     for tensor in tensors:
         bits |= tensor.data_ptr()
-        strides |= tensor.stride()[0]  # stride(0) takes twice as long
+        strides |= tensor.stride(0)
     bits |= strides * tensors[0].element_size()
     return bits & -bits
 
@@ -401,28 +397,9 @@ def _sources(name: str, value: Any) -> tuple[list[Rows], Rows]:
     _count(name, len(value))
     first = value[0]
     _storage(f"{name}[0]", first)
-    for i, source in _unlike(value, first):
+    for i, source in enumerate(value[1:], 1):
         _like(f"{name}[{i}]", source, f"{name}[0]", first)
     return list(value), first
-
-
-def _unlike(sources: Sequence[Any], first: Rows) -> list[tuple[int, Any]]:
-    """The sources that are not at once seen to be as the first, which has been checked: half the host time of `_like` of each."""
-    if isinstance(first, ScaledTensor):
-        return list(enumerate(sources))[1:]
-    shape, strides, dtype, layout, device = first.shape, first.stride(), first.dtype, first.layout, first.device
-    return [
-        (i, source)
-        for i, source in enumerate(sources)
-        if not (
-            isinstance(source, Tensor)
-            and source.layout == layout
-            and source.dtype == dtype
-            and source.shape == shape
-            and source.stride() == strides
-            and source.device == device
-        )
-    ]
 
 
 def _count(name: str, count: int) -> None:
@@ -532,7 +509,7 @@ def _like(name: str, value: Any, reference_name: str, reference: Rows) -> None:
         and value.layout == reference.layout
         and value.device == reference.device
     ):
-        return  # What was found of the reference holds for it: a third of the time of the checks below.
+        return  # What was found of the reference holds for it.
     _storage(name, value)
     if value.shape != reference.shape or not _same_format(value, reference):
         raise ValueError(f"{name} is {describe(value)}; allowed is {describe(reference)}, as {reference_name}")

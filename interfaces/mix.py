@@ -286,11 +286,11 @@ def fill_gradients(
 def _save(ctx: Any, tensors: tuple[Any, ...], options: Options, outputs: Outputs) -> None:
     sources, query, key_weight, output_weight = tensors
     _, mixed, logits, rstd, lse, _ = outputs
-    ctx.mark_non_differentiable(*(output for output in outputs[1:] if output is not None))
-    ctx.set_materialize_grads(False)  # else a launch fills zeros for each statistic
     saved = (query, key_weight, output_weight, mixed if options.save_mixed else None, logits, rstd, lse)
     ctx.save_for_backward(*saved, *sources, *(options.values or ()), *(options.scales or ()))
-    ctx.options, ctx.count = options._replace(values=None, scales=None), len(sources)
+    ctx.options, ctx.count = options, len(sources)
+    if options.values is not None:  # saved above
+        ctx.options = options._replace(values=None, scales=None)
 
 
 def _gradient(
@@ -300,7 +300,7 @@ def _gradient(
     sources, values, scales = contracts.thirds(tensors, ctx.count)
     if d_out is None:
         return [None] * ctx.count, None, None, None
-    options = ctx.options._replace(values=values, scales=scales)
+    options = ctx.options if values is None else ctx.options._replace(values=values, scales=scales)
     found = backward(d_out, sources, query, key_weight, output_weight, mixed, logits, rstd, lse, options)
     *d_sources, d_query, d_key_weight, d_output_weight = found
     return (
@@ -324,4 +324,6 @@ _mix = Operator(
     allocate_backward=_allocate_gradients,
     save=_save,
     gradient=_gradient,
+    results=1,
+    statistics=4,
 )

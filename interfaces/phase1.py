@@ -310,13 +310,12 @@ def fill_gradients(
 
 def _save(ctx: Any, tensors: tuple[Any, ...], options: Options, outputs: Outputs) -> None:
     sources, queries, key_weights = tensors
-    _, lse, *others = outputs
-    logits, rstd, _, _ = others
-    ctx.mark_non_differentiable(*(other for other in others if other is not None))
-    ctx.set_materialize_grads(False)
+    _, lse, logits, rstd, _, _ = outputs
     saved = (queries, key_weights, lse, logits, rstd)
     ctx.save_for_backward(*saved, *sources, *(options.values or ()), *(options.scales or ()))
-    ctx.options, ctx.count = options._replace(values=None, scales=None), len(sources)
+    ctx.options, ctx.count = options, len(sources)
+    if options.values is not None:  # saved above
+        ctx.options = options._replace(values=None, scales=None)
 
 
 def _gradient(
@@ -324,7 +323,7 @@ def _gradient(
 ) -> tuple[Any, ...]:
     queries, key_weights, lse, logits, rstd, *tensors = ctx.saved_tensors
     sources, values, scales = contracts.thirds(tensors, ctx.count)
-    options = ctx.options._replace(values=values, scales=scales)
+    options = ctx.options if values is None else ctx.options._replace(values=values, scales=scales)
     if d_out is None:
         first = contracts.slices(sources, options.stacked)[0]
         d_out = first.new_zeros((queries.shape[0], *first.shape))
@@ -346,4 +345,6 @@ _phase_1 = Operator(
     allocate_backward=_allocate_gradients,
     save=_save,
     gradient=_gradient,
+    results=2,
+    statistics=2,
 )

@@ -348,10 +348,7 @@ def fill_gradients(
 
 def _save(ctx: Any, tensors: tuple[Any, ...], options: Options, outputs: Outputs) -> None:
     partial, delta, query, key_weight, inter_out, inter_lse, output_weight = tensors
-    _, new_partial, *others = outputs
-    logit, rstd, new_values, new_scale = others
-    ctx.mark_non_differentiable(*(other for other in others if other is not None))
-    ctx.set_materialize_grads(False)
+    _, new_partial, logit, rstd, new_values, new_scale = outputs
     x = partial if delta is None else new_partial
     x_parts = (new_values, new_scale) if options.scaled_sum else (options.partial_values, options.partial_scale)
     statistics = (query, key_weight, inter_out, inter_lse, output_weight, logit, rstd)
@@ -400,4 +397,6 @@ _phase_2 = Operator(
     allocate_backward=_allocate_gradients,
     save=_save,
     gradient=_gradient,
+    results=2,
+    statistics=2,
 )

@@ -25,9 +25,11 @@ class Operator:
 
     forward(*tensors, options, call=None) -> tuple of new tensors and backward(*gradients and saved tensors, options) -> list of
     new tensors do the work; allocate_forward and allocate_backward make their outputs' metadata alone (the fake implementations).
-    An output that is not wanted is None, which torch.library has as an empty tensor. save(ctx, tensors, options, outputs) keeps
-    what the gradient needs; gradient(ctx, backward, *grads) returns one gradient per tensor. `options` is a NamedTuple, whose
-    fields end both schemas. Where the forward's schema begins with a Tensor[], the gradient's first element is a list.
+    An output that is not wanted is None, which torch.library has as an empty tensor. The first `results` outputs have gradients;
+    the `statistics` that follow are for the backward alone, and the direct way does not return them. save(ctx, tensors, options,
+    outputs) keeps what the gradient needs; gradient(ctx, backward, *grads) returns one gradient per tensor. `options` is a
+    NamedTuple, whose fields end both schemas. Where the forward's schema begins with a Tensor[], the gradient's first element is
+    a list.
     """
 
     def __init__(
@@ -43,6 +45,8 @@ class Operator:
         allocate_backward: Callable[..., list[Tensor]],
         save: Callable[[Any, tuple[Any, ...], Any, Outputs], None],
         gradient: Callable[..., tuple[Any, ...]],
+        results: int,
+        statistics: int,
     ):
         count = len(options._fields)
 
@@ -58,6 +62,8 @@ class Operator:
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
             given = options(*inputs[-count:])
             save(ctx, inputs[:-count], given, output)
+            ctx.mark_non_differentiable(*output[results:])
+            ctx.set_materialize_grads(False)
             ctx.none_of_options = [[None] * len(value) if isinstance(value, list) else None for value in given]
 
         def flat_gradient(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
@@ -66,7 +72,7 @@ class Operator:
 
         torch.library.register_autograd(f"attnres::{name}", flat_gradient, setup_context=setup_context, lib=_library)
         self._takes_list = schema.startswith("(Tensor[]")
-        self._function = self._autograd_function(forward, backward, save, gradient)
+        self._function = self._autograd_function(forward, backward, save, gradient, results, statistics)
         # without a look for functorch's wrappers, half of the time: a call that repeats has none
         self._apply = super(torch.autograd.Function, self._function).apply
 
@@ -87,8 +93,10 @@ class Operator:
         backward: Callable[..., list[Tensor]],
         save: Callable[[Any, tuple[Any, ...], Any, Outputs], None],
         gradient: Callable[..., tuple[Any, ...]],
+        results: int,
+        statistics: int,
     ) -> Any:
-        takes_list = self._takes_list
+        takes_list, unseen = self._takes_list, (None,) * statistics
 
         class Eager(torch.autograd.Function):
             @staticmethod
@@ -96,7 +104,10 @@ class Operator:
                 tensors = (list(flat[:-others]), *flat[-others:]) if takes_list else flat
                 outputs = forward(*tensors, call.options, call)
                 save(ctx, tensors, call.options, outputs)
-                return outputs
+                ctx.set_materialize_grads(False)  # else a launch fills zeros for each gradient that is missing
+                others = outputs[results + statistics :]
+                ctx.mark_non_differentiable(*[other for other in others if other is not None])
+                return (*outputs[:results], *unseen, *others)
 
             @staticmethod
             @torch.autograd.function.once_differentiable
@@ -124,7 +135,7 @@ def register(name: str, schema: str, implementation: Callable[..., Any], fake: C
 
 
 def empty_as(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """A contiguous tensor of its shape and device: new_empty in half the host time."""
+    """A contiguous tensor of its shape and device, in 1.1 us where new_empty takes 1.7."""
     return torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
 
 
