@@ -66,7 +66,7 @@ def noted_calls() -> Iterator[list[tuple[Any, tuple[Any, ...]]]]:
         _noted.reset(token)
 
 
-def _notable(function: Any) -> Callable[..., None]:
+def notable(function: Any) -> Callable[..., None]:
     def call(*arguments: Any) -> None:
         noted = _noted.get()
         if noted is None:
@@ -85,7 +85,7 @@ def cached_kernel(build: Callable[[Config], Any]) -> Callable[[Config], Callable
     def get(config: Config) -> Callable[..., None]:
         kernel = loaded.get(config)
         if kernel is None:
-            kernel = loaded[config] = _notable(_from_disk_or_build(build, config))
+            kernel = loaded[config] = notable(_from_disk_or_build(build, config))
         return kernel
 
     return get

@@ -55,26 +55,48 @@ class Operator:
 
         register(name, schema, flat(_none_is_empty(forward)), flat(_none_is_empty(allocate_forward)))
         register(f"{name}_backward", backward_schema, flat(backward), flat(allocate_backward))
-        self._forward = forward
+        self._forward, self._takes_list = forward, schema.startswith("(Tensor[]")
         self._operator = getattr(torch.ops.attnres, name)
         backward_operator = getattr(torch.ops.attnres, f"{name}_backward")
 
+        def keep(ctx: Any, tensors: tuple[Any, ...], given: Any, outputs: Outputs, auxiliary: Outputs) -> None:
+            save(ctx, tensors, given, outputs)
+            ctx.set_materialize_grads(False)  # else a launch fills zeros for each gradient that is missing
+            ctx.mark_non_differentiable(*[output for output in auxiliary if output is not None])
+
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
             given = options(*inputs[-count:])
-            save(ctx, inputs[:-count], given, output)
-            ctx.mark_non_differentiable(*output[results:])
-            ctx.set_materialize_grads(False)
+            keep(ctx, inputs[:-count], given, output, output[results:])
             ctx.none_of_options = [[None] * len(value) if isinstance(value, list) else None for value in given]
 
-        def flat_gradient(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-            run = lambda *arguments: backward_operator(*arguments[:-1], *arguments[-1])  # noqa: E731
-            return (*gradient(ctx, run, *grads), *ctx.none_of_options)
+        def run_backward(*arguments: Any) -> list[Tensor]:
+            return backward_operator(*arguments[:-1], *arguments[-1])
 
-        torch.library.register_autograd(f"attnres::{name}", flat_gradient, setup_context=setup_context, lib=_library)
-        self._takes_list = schema.startswith("(Tensor[]")
-        self._function = self._autograd_function(forward, backward, save, gradient, results, statistics)
-        # without a look for functorch's wrappers, half of the time: a call that repeats has none
-        self._apply = super(torch.autograd.Function, self._function).apply
+        torch.library.register_autograd(
+            f"attnres::{name}",
+            lambda ctx, *grads: (*gradient(ctx, run_backward, *grads), *ctx.none_of_options),
+            setup_context=setup_context,
+            lib=_library,
+        )
+        takes_list, unseen, after = self._takes_list, (None,) * statistics, results + statistics
+
+        class Eager(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, call: Call, others: int, *flat: Any) -> Outputs:
+                tensors = (list(flat[:-others]), *flat[-others:]) if takes_list else flat
+                outputs = forward(*tensors, call.options, call)
+                keep(ctx, tensors, call.options, outputs, outputs[after:])
+                return (*outputs[:results], *unseen, *outputs[after:])
+
+            @staticmethod
+            @torch.autograd.function.once_differentiable
+            def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+                found = gradient(ctx, backward, *grads)
+                return (None, None, *found[0], *found[1:]) if takes_list else (None, None, *found)
+
+        self._apply = Eager.apply
+        # Without a look for functorch's wrappers, half of the time of apply: a call that repeats has none.
+        self._apply_repeated = super(torch.autograd.Function, Eager).apply
 
     def __call__(self, call: Call, *tensors: Any) -> tuple[Any, ...]:
         """The forward's outputs, part of the autograd graph where the call is differentiable (see needs_grad)."""
@@ -84,38 +106,8 @@ class Operator:
             return self._forward(*tensors, call.options, call)
         # autograd.Function does not look into lists: tensors of a list are arguments of their own
         flat = (*tensors[0], *tensors[1:]) if self._takes_list else tensors
-        apply = self._apply if call.repeats else self._function.apply
+        apply = self._apply_repeated if call.repeats else self._apply
         return apply(call, len(tensors) - 1, *flat)
-
-    def _autograd_function(
-        self,
-        forward: Callable[..., Outputs],
-        backward: Callable[..., list[Tensor]],
-        save: Callable[[Any, tuple[Any, ...], Any, Outputs], None],
-        gradient: Callable[..., tuple[Any, ...]],
-        results: int,
-        statistics: int,
-    ) -> Any:
-        takes_list, unseen = self._takes_list, (None,) * statistics
-
-        class Eager(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx: Any, call: Call, others: int, *flat: Any) -> Outputs:
-                tensors = (list(flat[:-others]), *flat[-others:]) if takes_list else flat
-                outputs = forward(*tensors, call.options, call)
-                save(ctx, tensors, call.options, outputs)
-                ctx.set_materialize_grads(False)  # else a launch fills zeros for each gradient that is missing
-                others = outputs[results + statistics :]
-                ctx.mark_non_differentiable(*[other for other in others if other is not None])
-                return (*outputs[:results], *unseen, *others)
-
-            @staticmethod
-            @torch.autograd.function.once_differentiable
-            def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-                found = gradient(ctx, backward, *grads)
-                return (None, None, *found[0], *found[1:]) if takes_list else (None, None, *found)
-
-        return Eager
 
 
 def _none_is_empty(run: Callable[..., Outputs]) -> Callable[..., tuple[Tensor, ...]]:
