@@ -50,11 +50,10 @@ class Operator:
     ):
         count = len(options._fields)
 
-        def flat(run: Callable[..., Any]) -> Callable[..., Any]:
-            return lambda *arguments: run(*arguments[:-count], options(*arguments[-count:]))
-
-        register(name, schema, flat(_none_is_empty(forward)), flat(_none_is_empty(allocate_forward)))
-        register(f"{name}_backward", backward_schema, flat(backward), flat(allocate_backward))
+        runs = [with_options(options, run) for run in (_none_is_empty(forward), _none_is_empty(allocate_forward))]
+        backward_runs = [with_options(options, run) for run in (backward, allocate_backward)]
+        register(name, schema, *runs)
+        register(f"{name}_backward", backward_schema, *backward_runs)
         self._forward, self._takes_list = forward, schema.startswith("(Tensor[]")
         self._operator = getattr(torch.ops.attnres, name)
         backward_operator = getattr(torch.ops.attnres, f"{name}_backward")
@@ -124,6 +123,12 @@ def register(name: str, schema: str, implementation: Callable[..., Any], fake: C
     _library.define(name + schema)
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"attnres::{name}", fake, lib=_library)
+
+
+def with_options(options: Any, run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run`, called with the fields of its last argument, `options`, in its place."""
+    count = len(options._fields)
+    return lambda *arguments: run(*arguments[:-count], options(*arguments[-count:]))
 
 
 def empty_as(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:

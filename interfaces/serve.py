@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from attnres import backend as backends
 from attnres import checked_mode, contracts
-from attnres.registration import empty_as, register
+from attnres.registration import empty_as, register, with_options
 from attnres.repeated import Call, recall, remember
+
+
+class Options(NamedTuple):
+    """What the operator takes beyond plain tensors."""
+
+    num_blocks: int
+    block_write_idx: int
+    eps: float
+    output_norm_eps: float
+    backend: str
+    origin: str
+    prefix_scale: Tensor | None = None
+    blocks_scale: Tensor | None = None
+    out_dtype: torch.dtype | None = None
+    seed: int | None = None
 
 
 def attn_res_step(
@@ -59,44 +74,27 @@ def attn_res_step(
         TypeError, ValueError: an argument cannot be used, or one requires grad; the message names it.
         BackendError: the named backend cannot take the call.
     """
-    tensors = (prefix, delta, blocks, qk_weight, norm_weight, output_norm_weight)
+    tensors = (prefix, delta, blocks, norm_weight, qk_weight, output_norm_weight)
     numbers = (num_blocks, block_write_idx, eps, output_norm_eps)
     key = ("step", backend, *numbers, out_dtype) if stochastic_seed is None else None
     call = recall(tensors, key)
-    if call is not None:
-        out = empty_as(prefix, out_dtype)
-        if call.replay((*tensors, out)):
-            return out
-    else:
-        contracts.check_step(
-            prefix,
-            delta,
-            blocks,
-            norm_weight,
-            qk_weight,
-            output_norm_weight,
+    if call is None:
+        contracts.check_step(*tensors, *numbers, out_dtype=out_dtype, stochastic_seed=stochastic_seed)
+        prefix_rows, *scale = contracts.memory(prefix)
+        block_rows, *scales = contracts.memory(blocks)
+        options = Options(
             *numbers,
-            out_dtype=out_dtype,
-            stochastic_seed=stochastic_seed,
+            *backends.requested(backend),
+            scale[0] if scale else None,
+            scales[0] if scales else None,
+            prefix.dtype if out_dtype is None else out_dtype,
+            stochastic_seed,
         )
-        call = remember(Call(False, backends.requested(backend)), tensors, key)
-    prefix_rows, *prefix_scale = contracts.memory(prefix)
-    block_rows, *blocks_scale = contracts.memory(blocks)
-    arguments = (
-        prefix_rows,
-        delta,
-        block_rows,
-        norm_weight,
-        qk_weight,
-        output_norm_weight,
-        *numbers,
-        *call.options,
-        prefix_scale[0] if prefix_scale else None,
-        blocks_scale[0] if blocks_scale else None,
-        prefix.dtype if out_dtype is None else out_dtype,
-        stochastic_seed,
-    )
-    return torch.ops.attnres.step(*arguments) if torch.compiler.is_compiling() else _step(*arguments, call)
+        call = remember(Call(False, options), tensors, key)
+        tensors = (prefix_rows, delta, block_rows, norm_weight, qk_weight, output_norm_weight)
+    if torch.compiler.is_compiling():
+        return torch.ops.attnres.step(*tensors, *call.options)
+    return _step(*tensors, call.options, call)
 
 
 def _step(
@@ -106,41 +104,23 @@ def _step(
     norm_weight: Tensor | None,
     qk_weight: Tensor,
     output_norm_weight: Tensor | None,
-    num_blocks: int,
-    block_write_idx: int,
-    eps: float,
-    output_norm_eps: float,
-    backend: str,
-    origin: str,
-    prefix_scale: Tensor | None = None,
-    blocks_scale: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-    seed: int | None = None,
+    options: Options,
     call: Call | None = None,
 ) -> Tensor:
-    out = empty_as(prefix, out_dtype)
-    asked = contracts.step_spec(
-        prefix, delta, blocks, num_blocks, stored=(out.dtype,), scaled=prefix_scale is not None, seed=seed
-    )
+    out = empty_as(prefix, options.out_dtype)
+    tensors = (prefix, delta, blocks, qk_weight, norm_weight, output_norm_weight)
+    if call is not None and call.replay((*tensors, out)):
+        return out
+    *numbers, backend, origin, prefix_scale, blocks_scale, _, seed = options
+    scaled, (num_blocks, block_write_idx, eps, output_norm_eps) = prefix_scale is not None, numbers
+    asked = contracts.step_spec(prefix, delta, blocks, num_blocks, stored=(out.dtype,), scaled=scaled, seed=seed)
     name = backends.choose(asked, (backend, origin))
     if not prefix.shape[0]:
         return out
     stored = contracts.scaled_or_plain(prefix, prefix_scale), contracts.scaled_or_plain(blocks, blocks_scale)
     check = checked_mode.is_on()
     before = [value.clone() for value in stored] if check else []
-    arguments = (
-        prefix,
-        delta,
-        blocks,
-        qk_weight,
-        norm_weight,
-        output_norm_weight,
-        num_blocks,
-        block_write_idx,
-        eps,
-        output_norm_eps,
-        out,
-    )
+    arguments = (*tensors, *numbers, out)
     precision = {"prefix_scale": prefix_scale, "blocks_scale": blocks_scale, "seed": seed}
     launcher = backends.launch("serve_step", name, prefix.device, *arguments, **precision)
     if check:
@@ -158,14 +138,12 @@ def _step(
         }
         checked_mode.verify_step(name, oracle, out, *stored, stochastic=seed is not None)
     elif call is not None:
-        tensors = (prefix, delta, blocks, qk_weight, norm_weight, output_norm_weight, out)
-        call.record("serve_step", name, launcher, tensors, arguments)
+        call.record("serve_step", name, launcher, (*tensors, out), arguments)
     return out
 
 
 def _fake(prefix: Tensor, *others: Any) -> Tensor:
-    *_, out_dtype, _ = others
-    return prefix.new_empty(prefix.shape, dtype=out_dtype)
+    return prefix.new_empty(prefix.shape, dtype=others[-1].out_dtype)
 
 
 register(
@@ -173,6 +151,6 @@ register(
     "(Tensor(a!) prefix, Tensor? delta, Tensor(b!) blocks, Tensor? norm_weight, Tensor qk_weight, Tensor? output_norm_weight, "
     "int num_blocks, int block_write_idx, float eps, float output_norm_eps, str backend, str origin, "
     "Tensor(c!)? prefix_scale, Tensor(d!)? blocks_scale, ScalarType? out_dtype, int? seed) -> Tensor",
-    _step,
-    _fake,
+    with_options(Options, _step),
+    with_options(Options, _fake),
 )
