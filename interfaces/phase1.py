@@ -80,8 +80,8 @@ def phase_1(
         BackendError: the named backend cannot take the call.
     """
     tensors = (*contracts.flat(block_representations), pseudo_queries, rms_weight)
-    key = ("phase_1", backend, type(block_representations), eps, scale, storage, out_dtype)
-    key = key if stochastic_seed is None else None
+    other = (eps, scale, storage, out_dtype)
+    key = ("phase_1", backend, type(block_representations), *other) if stochastic_seed is None else None
     call = recall(tensors, key)
     if call is None:
         sources = contracts.check_phase_1(

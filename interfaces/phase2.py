@@ -109,8 +109,8 @@ def phase_2(
             out_dtype=out_dtype,
             stochastic_seed=stochastic_seed,
         )
-        partial, *partial_parts = contracts.part(partial_sum)
-        inter, *inter_parts = contracts.part(inter_out)
+        partial, partial_values, partial_scale = contracts.part(partial_sum)
+        inter, inter_values, inter_scale = contracts.part(inter_out)
         differentiable = needs_grad(partial, delta, pseudo_query, rms_weight, inter, inter_lse, output_rms_weight)
         options = Options(
             eps,
@@ -118,8 +118,10 @@ def phase_2(
             scale,
             differentiable,
             *backends.requested(backend),
-            *partial_parts,
-            *inter_parts,
+            partial_values,
+            partial_scale,
+            inter_values,
+            inter_scale,
             delta is not None and (storage is not None or isinstance(partial_sum, ScaledTensor)),
             out_dtype,
             stochastic_seed,
@@ -199,8 +201,8 @@ def forward(
     out, new_partial = contracts.rows(out), None if new_partial is None else contracts.rows(new_partial)
     logit, rstd = (None if value is None else contracts.vector(value) for value in (logit, rstd))
     query, lse = contracts.vector(query), contracts.vector(inter_lse.contiguous())
-    arguments = (x, addend, query, key_weight, inter, lse, output_weight, eps, output_eps, scale)
-    arguments = (*arguments, out, new_partial, logit, rstd)
+    numbers, results = (eps, output_eps, scale), (out, new_partial, logit, rstd)
+    arguments = (x, addend, query, key_weight, inter, lse, output_weight, *numbers, *results)
     precision = dict(zip(("partial_scale", "inter_scale", "new_partial_scale"), scales, strict=True))
     launcher = backends.launch("phase2_fwd", name, partial.device, *arguments, **precision, seed=seed)
     if checked_mode.is_on():

@@ -8,6 +8,7 @@ read before they are launched. A call that differs in anything, or fails a check
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable, Sequence
@@ -19,16 +20,15 @@ from torch import Tensor
 from attnres import backend as backends
 from attnres import checked_mode
 
-try:
+TensorGuards: Any = None  # without it every call goes the long way
+with contextlib.suppress(ImportError):  # they are not public
     from torch._C._dynamo.guards import TensorGuards
     from torch._C._functorch import is_functorch_wrapped_tensor
-except ImportError:  # they are not public: without them every call goes the long way
-    TensorGuards = None
 
 MAX_SIGNATURES = 1024
 
 # What os.environ looks into: a name that is not set costs .7 us there.
-_ENVIRONMENT: Any = os.environ._data
+_ENVIRONMENT: Any = os.environ._data  # type: ignore[attr-defined]
 _BACKEND, _CHECK = map(os.environ.encodekey, (backends.ENVIRONMENT_VARIABLE, checked_mode.ENVIRONMENT_VARIABLE))
 
 Key = tuple[Any, ...]

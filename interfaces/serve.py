@@ -77,6 +77,7 @@ def attn_res_step(
     tensors = (prefix, delta, blocks, norm_weight, qk_weight, output_norm_weight)
     numbers = (num_blocks, block_write_idx, eps, output_norm_eps)
     key = ("step", backend, *numbers, out_dtype) if stochastic_seed is None else None
+    given: tuple[Any, ...] = tensors
     call = recall(tensors, key)
     if call is None:
         contracts.check_step(*tensors, *numbers, out_dtype=out_dtype, stochastic_seed=stochastic_seed)
@@ -91,10 +92,10 @@ def attn_res_step(
             stochastic_seed,
         )
         call = remember(Call(False, options), tensors, key)
-        tensors = (prefix_rows, delta, block_rows, norm_weight, qk_weight, output_norm_weight)
+        given = (prefix_rows, delta, block_rows, norm_weight, qk_weight, output_norm_weight)
     if torch.compiler.is_compiling():
-        return torch.ops.attnres.step(*tensors, *call.options)
-    return _step(*tensors, call.options, call)
+        return torch.ops.attnres.step(*given, *call.options)
+    return _step(*given, options=call.options, call=call)
 
 
 def _step(
@@ -111,8 +112,8 @@ def _step(
     tensors = (prefix, delta, blocks, qk_weight, norm_weight, output_norm_weight)
     if call is not None and call.replay((*tensors, out)):
         return out
-    *numbers, backend, origin, prefix_scale, blocks_scale, _, seed = options
-    scaled, (num_blocks, block_write_idx, eps, output_norm_eps) = prefix_scale is not None, numbers
+    num_blocks, block_write_idx, eps, output_norm_eps, backend, origin, prefix_scale, blocks_scale, _, seed = options
+    scaled = prefix_scale is not None
     asked = contracts.step_spec(prefix, delta, blocks, num_blocks, stored=(out.dtype,), scaled=scaled, seed=seed)
     name = backends.choose(asked, (backend, origin))
     if not prefix.shape[0]:
@@ -120,7 +121,7 @@ def _step(
     stored = contracts.scaled_or_plain(prefix, prefix_scale), contracts.scaled_or_plain(blocks, blocks_scale)
     check = checked_mode.is_on()
     before = [value.clone() for value in stored] if check else []
-    arguments = (*tensors, *numbers, out)
+    arguments = (*tensors, num_blocks, block_write_idx, eps, output_norm_eps, out)
     precision = {"prefix_scale": prefix_scale, "blocks_scale": blocks_scale, "seed": seed}
     launcher = backends.launch("serve_step", name, prefix.device, *arguments, **precision)
     if check:
