@@ -77,7 +77,7 @@ def attn_res_step(
     tensors = (prefix, delta, blocks, norm_weight, qk_weight, output_norm_weight)
     numbers = (num_blocks, block_write_idx, eps, output_norm_eps)
     key = ("step", backend, *numbers, out_dtype) if stochastic_seed is None else None
-    given: tuple[Any, ...] = tensors
+    given: Any = tensors
     call = recall(tensors, key)
     if call is None:
         contracts.check_step(*tensors, *numbers, out_dtype=out_dtype, stochastic_seed=stochastic_seed)
@@ -95,7 +95,7 @@ def attn_res_step(
         given = (prefix_rows, delta, block_rows, norm_weight, qk_weight, output_norm_weight)
     if torch.compiler.is_compiling():
         return torch.ops.attnres.step(*given, *call.options)
-    return _step(*given, options=call.options, call=call)
+    return _step(*given, call.options, call)
 
 
 def _step(
