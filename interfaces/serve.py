@@ -77,7 +77,7 @@ def attn_res_step(
     tensors = (prefix, delta, blocks, norm_weight, qk_weight, output_norm_weight)
     numbers = (num_blocks, block_write_idx, eps, output_norm_eps)
     key = ("step", backend, *numbers, out_dtype) if stochastic_seed is None else None
-    given: Any = tensors
+    given: tuple[Any, Any, Any, Any, Any, Any] = tensors
     call = recall(tensors, key)
     if call is None:
         contracts.check_step(*tensors, *numbers, out_dtype=out_dtype, stochastic_seed=stochastic_seed)
