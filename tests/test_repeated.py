@@ -131,6 +131,38 @@ def test_kernels_get_what_the_launcher_gives_them(name: str, kernels: Kernels, r
         replays.clear()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [name for name in CALLS if not name.startswith("step")])
+def test_repeated_launches_give_the_launcher_s_bits(name: str, replays: list[bool]) -> None:
+    repeated._slot.cache_clear()
+    with torch.device("cuda"), attnres.use_backend("cute"):
+        for _ in range(4):
+            launcher, arguments = CALLS[name]()
+            found = [value.clone() for value in arguments if isinstance(value, torch.Tensor)]
+            launcher(*arguments)
+            again = [value for value in arguments if isinstance(value, torch.Tensor)]
+            assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+    assert replays == [False, False, True, True]
+
+
+@pytest.mark.gpu
+def test_a_repeated_step_on_the_gpu(replays: list[bool]) -> None:
+    repeated._slot.cache_clear()
+    with torch.device("cuda"), torch.no_grad():
+        for _ in range(4):
+            prefix, delta, blocks, query = bf16(T, D), bf16(T, D), bf16(T, 5, D), bf16(D)
+            results = []
+            for repeats in (False, True):
+                x, b = prefix.clone(), blocks.clone()
+                with pytest.MonkeyPatch.context() as patch:
+                    if not repeats:
+                        patch.setattr(repeated, "TensorGuards", None)
+                    out = attnres.attn_res_step(x, delta, b, None, query, None, 2, 3, 1e-6, 1e-6, backend="cute")
+                results.append((out, x, b))
+            assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert replays[1::2] == [False, False, True, True]
+
+
 def test_with_gradients_too(kernels: Kernels, replays: list[bool]) -> None:
     for _ in range(4):
         sources = [bf16(T, D).requires_grad_() for _ in range(3)]
