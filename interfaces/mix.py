@@ -123,20 +123,19 @@ def _allocate(
     options: Options,
 ) -> Outputs:
     """out [..., D], mixed [T, D], logits [L, T], rstd [L, T], lse [T], weights [L, ...]; None where not wanted."""
-    first, stacked = sources[0], options.stacked
+    first, stacked, dtype = sources[0], options.stacked, options.out_dtype
+    shape = first.shape[1:] if stacked else first.shape
+    depth = first.shape[0] if stacked else len(sources)
     mixed = logits = rstd = lse = weights = None
-    if options.save_statistics or options.want_weights or stacked:
-        *leading, size = first.shape[1:] if stacked else first.shape
-        depth, tokens = first.shape[0] if stacked else len(sources), math.prod(leading)
     if options.save_statistics:
+        tokens = math.prod(shape[:-1])
         logits = first.new_empty((depth, tokens), dtype=torch.float32)
         rstd, lse = empty_as(logits), first.new_empty(tokens, dtype=torch.float32)
         if options.save_mixed:
-            mixed = first.new_empty((tokens, size), dtype=torch.float32)
+            mixed = first.new_empty((tokens, shape[-1]), dtype=torch.float32)
     if options.want_weights:
-        weights = first.new_empty((depth, *leading), dtype=torch.float32)
-    dtype = options.out_dtype
-    out = first.new_empty((*leading, size), dtype=dtype) if stacked else empty_as(first, dtype)
+        weights = first.new_empty((depth, *shape[:-1]), dtype=torch.float32)
+    out = first.new_empty(shape, dtype=dtype) if stacked else empty_as(first, dtype)
     return out, mixed, logits, rstd, lse, weights
 
 
