@@ -397,8 +397,9 @@ def _sources(name: str, value: Any) -> tuple[list[Rows], Rows]:
     _count(name, len(value))
     first = value[0]
     _storage(f"{name}[0]", first)
-    for i, source in enumerate(value[1:], 1):
-        _like(f"{name}[{i}]", source, f"{name}[0]", first)
+    for i, source in enumerate(value):
+        if not _same_metadata(source, first):
+            _like(f"{name}[{i}]", source, f"{name}[0]", first)
     return list(value), first
 
 
@@ -498,9 +499,9 @@ def _storage(name: str, value: Any) -> None:
         raise ValueError(f"{name} has {value.numel() // value.shape[-1]} tokens; allowed are at most {MAX_TOKENS}")
 
 
-def _like(name: str, value: Any, reference_name: str, reference: Rows) -> None:
-    """A tensor with the shape, dtype and device of one that has been checked."""
-    if (
+def _same_metadata(value: Any, reference: Rows) -> bool:
+    """Whether what was found of the reference holds for the value without another look."""
+    return (
         isinstance(value, Tensor)
         and isinstance(reference, Tensor)
         and value.shape == reference.shape
@@ -508,8 +509,11 @@ def _like(name: str, value: Any, reference_name: str, reference: Rows) -> None:
         and value.stride() == reference.stride()
         and value.layout == reference.layout
         and value.device == reference.device
-    ):
-        return  # What was found of the reference holds for it.
+    )
+
+
+def _like(name: str, value: Any, reference_name: str, reference: Rows) -> None:
+    """A tensor with the shape, dtype and device of one that has been checked."""
     _storage(name, value)
     if value.shape != reference.shape or not _same_format(value, reference):
         raise ValueError(f"{name} is {describe(value)}; allowed is {describe(reference)}, as {reference_name}")

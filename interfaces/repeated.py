@@ -31,6 +31,8 @@ MAX_SIGNATURES = 1024
 _ENVIRONMENT: Any = os.environ._data  # type: ignore[attr-defined]
 _BACKEND, _CHECK = map(os.environ.encodekey, (backends.ENVIRONMENT_VARIABLE, checked_mode.ENVIRONMENT_VARIABLE))
 
+_PLAIN = {Tensor, torch.nn.Parameter}
+
 Key = tuple[Any, ...]
 
 
@@ -100,7 +102,7 @@ def remember(call: Call, tensors: Sequence[Any], key: Key | None) -> Call:
     if key is None or TensorGuards is None or torch.compiler.is_compiling():
         return call
     present = _present(tensors)
-    if all(type(t) in (Tensor, torch.nn.Parameter) and not is_functorch_wrapped_tensor(t) for t in present):
+    if {*map(type, present)} <= _PLAIN and not any(map(is_functorch_wrapped_tensor, present)):
         slot = _slot(*_settings(), _pattern(tensors), tensors[0].shape, *key)
         slot.guards = TensorGuards(*present, dynamic_dims_sizes=None, dynamic_dims_strides=None)
         slot.call = call
