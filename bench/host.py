@@ -79,6 +79,9 @@ def first_calls(names: list[str]) -> dict[str, dict[str, dict[str, float] | str]
             caches = {"ATTNRES_CACHE_DIR": f"{folder}/attnres", "TRITON_CACHE_DIR": f"{folder}/triton"}
             # as a user has it: FLA keeps its autotuning results (bench.providers has switched that off)
             environment = {**os.environ, **caches, "FLA_CACHE_RESULTS": "1"}
+            # bytecode too, which installed packages have and a machine that keeps none compiles anew: half of a call from disk
+            environment.pop("PYTHONDONTWRITEBYTECODE", None)
+            environment["PYTHONPYCACHEPREFIX"] = f"{folder}/bytecode"
             found[name] = {when: _in_new_process(name, environment) for when in ("cold", "from disk")}
     return found
 

@@ -4,7 +4,8 @@ A launcher finds kernels, strides and numbers from its tensors' metadata, and as
 on placeholders, whose addresses are beyond all others, while the calls of kernels are noted in place of made: every address that a
 kernel would be given then shows which tensor it is of, and how far into it. From then on a launch is those calls with addresses
 filled in. What else a launcher looks at stays as it was: all addresses are multiples of 16 bytes, the stream is the same, and no
-CUDA graph is captured; otherwise nothing is recorded or repeated.
+CUDA graph is captured; otherwise nothing is recorded or repeated. Neither is the launch of one that makes a tensor (a copy of a
+parameter, say), whose address would not be there the next time.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cute_kernels.compile import noted_calls
 from cute_kernels.config import ALIGNMENT
@@ -38,6 +40,17 @@ class Placeholder:
         return getattr(self._tensor, name)
 
 
+class _MakesATensor(Exception):
+    pass
+
+
+class _NoNewTensors(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.ops.aten.select.int:  # a placeholder's row
+            raise _MakesATensor
+        return func(*args, **(kwargs or {}))
+
+
 class KernelCall(NamedTuple):
     function: Callable[..., Any]
     arguments: list[Any]  # without the stream, which comes last
@@ -49,8 +62,8 @@ def record(
 ) -> Callable[[list[int]], bool] | None:
     """What launches again, given the addresses of the tensors in order; it is False where it must not.
 
-    arguments: the launcher's, which are the tensors or views of them from their first element on. None where they are not (one is
-    a copy, say), or where an address is not a multiple of 16 bytes.
+    arguments: the launcher's, which are the tensors or views of them from their first element on. None where they are not, and
+    where the launch cannot be repeated.
     """
     given = [tensor for argument in arguments for tensor in (argument if isinstance(argument, list) else [argument])]
     addresses = [tensor.data_ptr() for tensor in given if isinstance(tensor, torch.Tensor)]
@@ -70,8 +83,11 @@ def record(
         count += 1
         return Placeholder(argument, count * _SPAN)
 
-    with noted_calls() as calls:
-        launcher(*map(placed, arguments))
+    try:
+        with noted_calls() as calls, _NoNewTensors():
+            launcher(*map(placed, arguments))
+    except _MakesATensor:
+        return None
     for function, arguments in calls:
         replay.add(function, *arguments)
     return replay

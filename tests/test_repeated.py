@@ -218,6 +218,16 @@ def test_an_unaligned_address_goes_the_long_way(kernels: Kernels, replays: list[
     assert copied != aligned
 
 
+def test_a_launcher_that_copies_goes_the_long_way(kernels: Kernels, replays: list[bool]) -> None:
+    sources, queries = [bf16(T, D), bf16(T, D)], bf16(3, D + 1)[:, :D]
+    for _ in range(4):
+        attnres.phase_1(sources, queries, 1e-6)
+    assert replays == [False] * 4
+    copies = [launch[2] for launch in kernels.take()]
+    assert queries.data_ptr() not in copies
+    assert len(copies) == 4
+
+
 def _arguments(**changes: Any) -> dict[str, Any]:
     torch.manual_seed(0)
     return {"query": torch.randn(16), "residuals": [torch.randn(4, 16), torch.randn(4, 16)], "rms_eps": 1.0, **changes}
