@@ -88,13 +88,14 @@ def recall(tensors: Sequence[Any], key: Key | None) -> Call | None:
     if key is None or TensorGuards is None or torch.compiler.is_compiling():
         return None
     try:
-        slot = _slot(*_settings(), _pattern(tensors), tensors[0].shape, *key)
+        slot = _slot_of(tensors, key)
     except (AttributeError, TypeError):  # not a tensor, or cannot be hashed: the checks will say so
         return None
-    if slot.guards is None or not slot.guards.check(*_present(tensors)):
+    guards, call = slot.last
+    if guards is None or not guards.check(*_present(tensors)):
         return None
-    slot.call.repeats = True
-    return slot.call
+    call.repeats = True
+    return call
 
 
 def remember(call: Call, tensors: Sequence[Any], key: Key | None) -> Call:
@@ -103,17 +104,15 @@ def remember(call: Call, tensors: Sequence[Any], key: Key | None) -> Call:
         return call
     present = _present(tensors)
     if {*map(type, present)} <= _PLAIN and not any(map(is_functorch_wrapped_tensor, present)):
-        slot = _slot(*_settings(), _pattern(tensors), tensors[0].shape, *key)
-        slot.guards = TensorGuards(*present, dynamic_dims_sizes=None, dynamic_dims_strides=None)
-        slot.call = call
+        guards = TensorGuards(*present, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+        _slot_of(tensors, key).last = guards, call
     return call
 
 
 class _Slot:
-    """The last call with one key. Its guards take no call that has a tensor twice."""
+    """The guards of the last call with one key, which take no call that has a tensor twice, and what is known of it."""
 
-    guards: Any = None
-    call: Any = None
+    last: Any = (None, None)
 
 
 @functools.lru_cache(maxsize=MAX_SIGNATURES, typed=True)  # typed: True is no number
@@ -121,13 +120,11 @@ def _slot(*key: Any) -> _Slot:
     return _Slot()
 
 
-def _settings() -> tuple[Any, ...]:
-    look = _ENVIRONMENT.get
-    return torch.is_grad_enabled(), backends.in_use.get(), look(_BACKEND), checked_mode.in_use.get(), look(_CHECK)
-
-
-def _pattern(tensors: Sequence[Any]) -> tuple[bool, ...]:
-    return tuple([tensor is None for tensor in tensors])
+def _slot_of(tensors: Sequence[Any], key: Key) -> _Slot:
+    first, look = tensors[0], _ENVIRONMENT.get
+    settings = (backends.in_use.get(), look(_BACKEND), checked_mode.in_use.get(), look(_CHECK), torch.is_grad_enabled())
+    absent = tuple([tensor is None for tensor in tensors])
+    return _slot(first.shape, first.device, absent, *settings, *key)
 
 
 def _present(tensors: Sequence[Any]) -> list[Any]:
