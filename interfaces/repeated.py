@@ -16,14 +16,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from attnres import backend as backends
 from attnres import checked_mode
 
 TensorGuards: Any = None  # without it every call goes the long way
-with contextlib.suppress(ImportError):  # they are not public
-    from torch._C._dynamo.guards import TensorGuards
-    from torch._C._functorch import is_functorch_wrapped_tensor
+with contextlib.suppress(ImportError, TypeError):  # it is not public: another version may not have it, or not like this
+    from torch._C._dynamo import guards
+
+    _guards = functools.partial(guards.TensorGuards, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+    if _guards(torch.empty(1)).check(torch.empty(1)):
+        TensorGuards = _guards
 
 MAX_SIGNATURES = 1024
 
@@ -91,8 +95,8 @@ def recall(tensors: Sequence[Any], key: Key | None) -> Call | None:
         slot = _slot_of(tensors, key)
     except (AttributeError, TypeError):  # not a tensor, or cannot be hashed: the checks will say so
         return None
-    guards, call = slot.last
-    if guards is None or not guards.check(*_present(tensors)):
+    known, call = slot.last
+    if known is None or not known.check(*_present(tensors)):
         return None
     call.repeats = True
     return call
@@ -104,8 +108,7 @@ def remember(call: Call, tensors: Sequence[Any], key: Key | None) -> Call:
         return call
     present = _present(tensors)
     if {*map(type, present)} <= _PLAIN and not any(map(is_functorch_wrapped_tensor, present)):
-        guards = TensorGuards(*present, dynamic_dims_sizes=None, dynamic_dims_strides=None)
-        _slot_of(tensors, key).last = guards, call
+        _slot_of(tensors, key).last = TensorGuards(*present), call
     return call
 
 
