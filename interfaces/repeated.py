@@ -25,7 +25,7 @@ TensorGuards: Any = None  # without it every call goes the long way
 with contextlib.suppress(ImportError, TypeError):  # it is not public: another version may not have it, or not like this
     from torch._C._dynamo import guards
 
-    _guards = functools.partial(guards.TensorGuards, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+    _guards: Any = functools.partial(guards.TensorGuards, dynamic_dims_sizes=None, dynamic_dims_strides=None)
     if _guards(torch.empty(1)).check(torch.empty(1)):
         TensorGuards = _guards
 
