@@ -80,12 +80,12 @@ def _mix(leading: tuple[int, ...], depth: int) -> tuple[Any, Any]:
     return mix_fwd.mix_fwd, (rows, query, None, weight, 1e-5, 1e-5, 1.0, out.view(-1, D), *nothing, weights)
 
 
-def _phase_1(leading: tuple[int, ...], depth: int, sites: int) -> tuple[Any, Any]:
-    sources, queries, weight = [bf16(*leading, D) for _ in range(depth)], bf16(sites, D), bf16(D)
+def _phase_1(leading: tuple[int, ...], depth: int, sites: int, size: int = D) -> tuple[Any, Any]:
+    sources, queries, weight = [bf16(*leading, size) for _ in range(depth)], bf16(sites, size), bf16(size)
     out, lse = attnres.phase_1(sources, queries, 1e-6, weight)
-    rows, shape = [source.view(-1, D) for source in sources], (sites, -1, D)
+    rows, shape = [source.view(-1, size) for source in sources], (sites, -1, size)
     outputs = (out.view(shape), lse.view(sites, -1), None, None)
-    return phase1_fwd.phase1_fwd, (rows, queries, weight.expand(sites, D), 1e-6, 1.0, *outputs)
+    return phase1_fwd.phase1_fwd, (rows, queries, weight.expand(sites, size), 1e-6, 1.0, *outputs)
 
 
 def _phase_2(leading: tuple[int, ...], with_delta: bool) -> tuple[Any, Any]:
@@ -111,7 +111,8 @@ CALLS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "mix of one": lambda: _mix((T,), 1),
     "mix [B, T, D]": lambda: _mix((2, 3), 4),
     "phase 1": lambda: _phase_1((T,), 3, 8),
-    "phase 1, two launches": lambda: _phase_1((2, 3), 9, 24),
+    "phase 1 [B, T, D]": lambda: _phase_1((2, 3), 9, 24),
+    "phase 1, two launches": lambda: _phase_1((T,), 2, 24, 7168),
     "phase 1, one query": lambda: _phase_1((T,), 3, 1),
     "phase 2": lambda: _phase_2((T,), False),
     "phase 2 with delta": lambda: _phase_2((2, 3), True),
@@ -126,7 +127,8 @@ def test_kernels_get_what_the_launcher_gives_them(name: str, kernels: Kernels, r
         launcher, arguments = CALLS[name]()
         found = kernels.take()
         launcher(*arguments)
-        assert found == kernels.take() != []
+        assert found == kernels.take()
+        assert len(found) == (2 if name.endswith("two launches") else 1)
         assert (True in replays) == repeats
         replays.clear()
 
