@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cute_kernels.compile import noted_calls
 from cute_kernels.config import ALIGNMENT
 
-_SPAN = 1 << 64  # the placeholder of tensor i is at (i + 1) _SPAN
+_SPAN = 1 << 64  # the placeholder of tensor i is at (i + 1) _SPAN; what is nearer to 0 than to the first is no address
 
 
 class Placeholder:
@@ -126,21 +126,27 @@ class _Replay:
         """A call as it was noted; its last argument is the stream."""
         picks: list[tuple[int, Callable[[list[int]], Any]]] = []
         for position, argument in enumerate(arguments[:-1]):
-            if isinstance(argument, int) and argument >= _SPAN:
+            if isinstance(argument, int) and _owner(argument) >= 0:
                 picks.append((position, operator.itemgetter(self._index(argument))))
-            elif isinstance(argument, (list, tuple)) and any(value >= _SPAN for value in argument):
+            elif isinstance(argument, (list, tuple)) and any(_owner(value) >= 0 for value in argument):
                 indices = [self._index(value) for value in argument]
                 picks.append((position, operator.itemgetter(*indices) if len(indices) > 1 else _only(*indices)))
         self._calls.append(KernelCall(function, list(arguments[:-1]), picks))
 
     def _index(self, value: int) -> int:
         """Where the value will be among the addresses, 0 and what is derived from them."""
-        index, offset = value // _SPAN - 1, value % _SPAN
+        index = _owner(value)
+        offset = value - (index + 1) * _SPAN
         if offset == 0:
             return index if index >= 0 else self._count
         if (index, offset) not in self._derived:
             self._derived.append((index, offset))
         return self._count + 1 + self._derived.index((index, offset))
+
+
+def _owner(value: int) -> int:
+    """The tensor at whose placeholder, or near it, the value points; -1 for a number."""
+    return int((value + _SPAN // 2) // _SPAN) - 1
 
 
 def _only(index: int) -> Callable[[list[int]], list[int]]:

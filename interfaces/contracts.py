@@ -7,6 +7,7 @@ Nothing is cast or copied to make an argument fit.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -342,7 +343,7 @@ def spec(
     """
     first, alignment = tensors[0], byte_alignment(tensors, stride)
     features = dtypes.features({*stored, *[tensor.dtype for tensor in tensors]}, scaled, seed, more)
-    return Spec(op, first.device, first.dtype, first.shape[-1], num_sources, num_queries, alignment, features)
+    return _spec(op, first.device, first.dtype, first.shape[-1], num_sources, num_queries, alignment, features)
 
 
 def step_spec(
@@ -359,6 +360,9 @@ def step_spec(
     tensors = [prefix, blocks] if delta is None else [prefix, blocks, delta]
     stride = blocks.stride(1) if blocks.shape[1] > 1 else 0
     return spec("serve_step", tensors, num_blocks + 1, stored=stored, scaled=scaled, seed=seed, stride=stride)
+
+
+_spec = functools.lru_cache(maxsize=4096)(Spec)  # a frozen dataclass takes a microsecond to make
 
 
 def byte_alignment(tensors: Sequence[Tensor], stride: int = 0) -> int:

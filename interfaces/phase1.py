@@ -257,7 +257,8 @@ def fill_gradients(
             d_source.add_(share)
         return
     rows, d_rows = contracts.unstack(options.values or sources, stacked), contracts.unstack(d_sources, stacked)
-    row_scales = contracts.unstack_scales(options.scales, stacked)
+    scales = options.scales
+    row_scales = contracts.unstack_scales(scales, stacked)
     seed = None if d_rows[0].dtype == torch.float32 else options.seed
     sites, tokens = queries.shape[0], rows[0].shape[0]
     if tokens == 0:
@@ -270,7 +271,7 @@ def fill_gradients(
     if key_weights is not None:  # a shared weight's gradient is the sum over sites of fp32 rows
         d_weights = d_key_weights if key_weights.dim() == 2 else queries.new_empty(queries.shape, dtype=torch.float32)
     storage = [*d_out.unbind(0), *rows, *d_rows]
-    scaled = row_scales is not None
+    scaled = scales is not None
     more = dtypes.scaled_sources(scaled)
     asked = contracts.spec("phase1_bwd", storage, len(rows), sites, scaled=scaled, seed=seed, more=more)
     name = backends.choose_backward(asked, options.backend)

@@ -11,7 +11,7 @@ import torch
 import attnres
 from attnres import backend as backends
 from attnres import repeated
-from cute_kernels import compile, mix_fwd, phase1_fwd, phase2_fwd, serve_step
+from cute_kernels import compile, mix_fwd, phase1_fwd, phase2_fwd, replay, serve_step
 
 T, D = 6, 64
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -100,10 +100,10 @@ def _phase_2(leading: tuple[int, ...], with_delta: bool) -> tuple[Any, Any]:
     return phase2_fwd.phase2_fwd, (*given, 1e-6, 1e-6, 1.0, out.view(-1, D), new, None, None)
 
 
-def _step(blocks: torch.Tensor) -> tuple[Any, Any]:
+def _step(blocks: torch.Tensor, write: int = 3) -> tuple[Any, Any]:
     prefix, delta, query, weight = bf16(T, D), bf16(T, D), bf16(D), bf16(D)
-    out = attnres.attn_res_step(prefix, delta, blocks, weight, query, None, 2, 3, 1e-6, 1e-5)
-    return serve_step.serve_step, (prefix, delta, blocks, query, weight, None, 2, 3, 1e-6, 1e-5, out)
+    out = attnres.attn_res_step(prefix, delta, blocks, weight, query, None, 2, write, 1e-6, 1e-5)
+    return serve_step.serve_step, (prefix, delta, blocks, query, weight, None, 2, write, 1e-6, 1e-5, out)
 
 
 CALLS: dict[str, Callable[[], tuple[Any, Any]]] = {
@@ -117,6 +117,7 @@ CALLS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "phase 2": lambda: _phase_2((T,), False),
     "phase 2 with delta": lambda: _phase_2((2, 3), True),
     "step": lambda: _step(bf16(T, 5, D)),
+    "step without a write": lambda: _step(bf16(T, 5, D), -1),
     "step, strided blocks": lambda: _step(bf16(T, 9, D)[:, 1::2]),
 }
 
@@ -228,6 +229,20 @@ def test_a_launcher_that_copies_goes_the_long_way(kernels: Kernels, replays: lis
     copies = [launch[2] for launch in kernels.take()]
     assert queries.data_ptr() not in copies
     assert len(copies) == 4
+
+
+def test_addresses_on_both_sides_of_a_tensor_s_first(kernels: Kernels) -> None:
+    kernel = compile.notable(kernels)
+
+    def launcher(a: torch.Tensor, many: list[torch.Tensor], number: int) -> None:
+        kernel(a.data_ptr() - 64, [b.data_ptr() + 32 for b in many] + [number], (1, 2), [many[0].data_ptr()], number, 7)
+
+    tensors = [bf16(8) for _ in range(3)]
+    again = replay.record(launcher, (tensors[0], tensors[1:], 2**63 - 1), tensors)
+    assert not kernels.take()
+    assert again([1024, 2048, 4096])
+    assert kernels.take() == [(960, (2080, 4128, 2**63 - 1), (1, 2), (2048,), 2**63 - 1, 7)]
+    assert not again([1024, 2048, 4104])
 
 
 def _arguments(**changes: Any) -> dict[str, Any]:
