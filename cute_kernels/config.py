@@ -15,16 +15,19 @@ import torch
 MAX_HIDDEN_SIZE = 8192
 MAX_SOURCES = 32
 ALIGNMENT = 16  # bytes: what a bulk copy and a 16-byte store need of every row's address
+SCALED_FP16 = "fp16_scaled"
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 PARAMETER_DTYPES = DTYPES | {torch.float32: "fp32"}
 PHASE1_OPS = ("phase1_fwd", "phase1_bwd")
+STORAGE = ("mixed storage dtypes", "float32 results of 16-bit storage", "scaled fp16")
 # What launches may ask for beyond one dtype of all storage tensors (dtypes.features), by op.
 FEATURES = {
+    "mix_fwd": (*STORAGE, "sources of scaled fp16"),
     "mix_bwd": ("mixed storage dtypes", "scaled fp16", "sources of scaled fp16"),
     "phase1_fwd": ("mixed storage dtypes", "scaled fp16"),
-    "phase2_fwd": ("mixed storage dtypes", "scaled fp16", "stochastic rounding"),
+    "phase2_fwd": (*STORAGE, "stochastic rounding"),
     "phase2_bwd": ("mixed storage dtypes", "scaled fp16"),
-    "serve_step": ("stochastic rounding",),
+    "serve_step": (*STORAGE, "stochastic rounding"),
 }
 
 LANES = 32
@@ -173,7 +176,7 @@ def slot_bytes(rows: int, pitch: int) -> int:
 
 
 def table_bytes(rows: int, producers: int) -> int:
-    """Address and stride of each row, for each producer (pipelines.RowTable)."""
+    """Address and stride of each row or scale, for each producer (pipelines.RowTable)."""
     return rows * 16 * producers
 
 
@@ -224,12 +227,15 @@ class Operands(NamedTuple):
     rstd: Any = 0  # [L, T] fp32
     lse: Any = 0  # [T] fp32
     weights: Any = 0  # [L, T] fp32
-    sum: Any = 0  # [T, D], rows sum_stride apart: the last source after its delta
+    sum: Any = 0  # [T, D], rows sum_stride apart: the first source after its delta
     sum_stride: Any = 0
-    block: Any = 0  # [T, D], rows block_stride apart: the last source
-    block_stride: Any = 0
-    sum_scale: Any = 0  # [T] fp32
+    sum_scale: Any = 0  # [T] fp32, sum_scale_stride apart
+    sum_scale_stride: Any = 0
     seed: Any = 0  # of the sum's rounding
+    block: Any = 0  # [T, D], rows block_stride apart: the first source
+    block_stride: Any = 0
+    block_scale: Any = 0  # [T] fp32, block_scale_stride apart
+    block_scale_stride: Any = 0
 
 
 @dataclass(frozen=True)
@@ -240,36 +246,41 @@ class RowConfig:
     """
 
     op: str
-    dtype: str
+    dtype: str  # out's, and without `formats` that of all other rows
     hidden_size: int
     num_sources: int
     query: str
     key_weight: str | None
     output_weight: str | None
     merge: bool  # one more row takes part with a given logit
-    delta: bool  # the last source arrives as two rows; their sum is stored, too
-    write_block: bool  # the last source is stored into the serving cache
+    delta: bool  # the first source arrives as two rows; their sum is stored, too
+    write_block: bool  # the first source is stored into the serving cache
     mixed: bool
     logits: bool
     rstd: bool
     lse: bool
     weights: bool
     tile: RingTile | RegisterTile
-    formats: tuple[str, ...] = ()  # of a token's rows, "fp16_scaled" among them, where they are not all of `dtype`
+    # Of a token's rows, where they are not all of `dtype`: (merged row), first source, (its delta), other sources
+    formats: tuple[str, ...] = ()
     sum: str = ""  # the format of the stored sum, where it is not `dtype`
     stochastic: bool = False  # the sum is rounded stochastically
 
     @property
     def num_scales(self) -> int:
-        return self.formats.count("fp16_scaled")
+        return self.formats.count(SCALED_FP16)
 
     @property
     def scaled_sum(self) -> bool:
-        return self.sum == "fp16_scaled"
+        return self.sum == SCALED_FP16
 
     @property
     def rows_per_token(self) -> int:
         return self.merge + self.num_sources + self.delta
+
+    @property
+    def table_entries(self) -> int:
+        return self.rows_per_token * (2 if self.num_scales else 1)
 
     @property
     def slots_per_token(self) -> int:
@@ -293,8 +304,8 @@ class RowConfig:
             exchanges = 2 + self.scaled_sum  # each with a buffer and a barrier
             return buffers // 2 * exchanges + 8 * exchanges
         return (
-            tile.groups * tile.slots * slot_bytes(tile.rows, self.pitch)
-            + table_bytes(self.rows_per_token, tile.producer_warps)
+            tile.groups * tile.slots * (slot_bytes(tile.rows, self.pitch) + (tile.rows * 4 if self.num_scales else 0))
+            + table_bytes(self.table_entries, tile.producer_warps)
             + exchange_bytes(tile.chunk, tile.warps, tile.groups)
             + (self.pitch * 4 if self.output_weight else 0)
         )
@@ -313,18 +324,21 @@ def row_tile(
     merge: bool = False,
     delta: bool = False,
     output_norm: bool = False,
-    formats: bool = False,
+    scales: int = 0,
+    scaled_sum: bool = False,
+    stochastic: bool = False,
 ) -> RingTile | RegisterTile:
     """Registers for few tokens and for small ones, where they can take all rows at once; else the ring.
 
-    The ring's rows have one format: `formats` of their own are the registers' part, at any size.
+    A scaled sum makes a token wait for its largest magnitude. On an H200, us at T 16384 in registers / by the ring: step at D 4096,
+    L 5, in bf16 244 / 257, scaled 278 / 260; phase 2 at D 7168 277 / 298, scaled 285 / 304, and with stochastic rounding 527 / 322.
     """
     rows = num_sources + merge + delta
     few = tokens <= max(CLUSTERS)
-    least = 0 if formats else MIN_REGISTER_SIZE
-    small = least <= hidden_size <= MAX_REGISTER_ELEMENTS // rows and rows <= MAX_REGISTER_ROWS
+    small = MIN_REGISTER_SIZE <= hidden_size <= MAX_REGISTER_ELEMENTS // rows and rows <= MAX_REGISTER_ROWS
+    small = small and not (scaled_sum and (stochastic or num_sources > 1))
     tile = decode_tile(hidden_size, CLUSTERS[token_class(tokens)]) if few else stream_tile(hidden_size, rows)
-    needed = tile.vectors(hidden_size) * (4 * rows + VECTOR) + 2 * num_sources + SPARE_REGISTERS
+    needed = tile.vectors(hidden_size) * (4 * rows + VECTOR) + 2 * num_sources + scales + SPARE_REGISTERS
     if (few or small) and needed <= tile.registers:
         return tile
     return ring_tile(hidden_size, num_sources, merge=merge, delta=delta, output_norm=output_norm)
@@ -419,7 +433,7 @@ def row_config(
 ) -> RowConfig:
     return RowConfig(
         op,
-        DTYPES[dtype],
+        PARAMETER_DTYPES[dtype],
         hidden_size,
         num_sources,
         PARAMETER_DTYPES[query],
@@ -440,7 +454,9 @@ def row_config(
             merge=merge,
             delta=delta,
             output_norm=output_weight is not None,
-            formats=bool(formats),
+            scales=formats.count(SCALED_FP16),
+            scaled_sum=sum == SCALED_FP16,
+            stochastic=stochastic,
         ),
         formats=formats,
         sum=sum,
@@ -532,6 +548,20 @@ def representative_configs() -> Iterator[tuple[str, Callable[[Any], Any], Any]]:
     yield "serve_step", build, row_config("serve_step", bf16, 7168, 9, bf16, bf16, bf16, delta=True, stochastic=True)
     yield "serve_step", build, row_config("serve_step", fp16, 2048, 17, bf16, fp16, fp16, delta=True, stochastic=True)
     yield "mix_fwd", build, row_config("mix_fwd", fp16, 4096, 17, fp32, tokens=1, **saved, mixed=True, weights=True)
+    for hidden_size, sources in ((7168, 9), (4096, 5), (2048, 17)):
+        rows = ("fp16_scaled",) * sources
+        yield (
+            "mix_fwd",
+            build,
+            row_config("mix_fwd", bf16, hidden_size, sources, fp32, bf16, bf16, **saved, formats=rows),
+        )
+        yield "mix_fwd", build, row_config("mix_fwd", fp32, hidden_size, sources, fp32, weights=True, formats=rows)
+        added: dict[str, Any] = {"formats": ("fp16_scaled", "bf16", *rows[1:]), "sum": "fp16_scaled", "delta": True}
+        step = ("serve_step", bf16, hidden_size, sources, bf16, bf16, bf16)
+        yield "serve_step", build, row_config(*step, **added)
+        yield "serve_step", build, row_config(*step, **added, write_block=True, stochastic=True)
+        for tokens in CLUSTERS:
+            yield "serve_step", build, row_config(*step, **added, tokens=tokens, write_block=True)
     for dtypes in (
         (bf16, bf16, bf16, bf16),
         (fp32, bf16, fp32, bf16, fp16),

@@ -11,7 +11,17 @@ from typing import Any
 import torch
 
 from cute_kernels.compile import cached_kernel, compile_kernel
-from cute_kernels.config import ALIGNMENT, Operands, RegisterTile, RowConfig, row_config, token_class
+from cute_kernels.config import (
+    ALIGNMENT,
+    DTYPES,
+    PARAMETER_DTYPES,
+    SCALED_FP16,
+    Operands,
+    RegisterTile,
+    RowConfig,
+    row_config,
+    token_class,
+)
 
 
 @cached_kernel
@@ -76,6 +86,18 @@ def dtype_of(tensor: torch.Tensor | None) -> torch.dtype | None:
     return None if tensor is None else tensor.dtype
 
 
+def format_of(row: torch.Tensor, scale: Any) -> str:
+    return DTYPES[row.dtype] if scale is None else SCALED_FP16
+
+
+def formats_beside(out: torch.Tensor, formats: list[str], sum: str | None = None) -> dict[str, Any]:
+    """`row_config`'s formats of a token's rows and of the stored sum: those of out's dtype alone go without saying."""
+    own = {PARAMETER_DTYPES[out.dtype]}
+    if own.issuperset(formats) and sum in (None, *own):
+        return {}
+    return {"formats": tuple(formats), "sum": sum or ""}
+
+
 def aligned(parameter: torch.Tensor | None) -> torch.Tensor | None:
     """A parameter vector that 16-byte loads can read: itself, or a copy of a view that starts in between."""
     return parameter.clone() if parameter is not None and parameter.data_ptr() % ALIGNMENT else parameter
@@ -95,11 +117,13 @@ def mix_fwd(
     rstd: torch.Tensor | None,  # [L, T] fp32
     lse: torch.Tensor | None,  # [T] fp32
     weights: torch.Tensor | None,  # [L, T] fp32
+    *,
+    source_scales: list[torch.Tensor] | None = None,  # L of [T] fp32: sources are scaled fp16
 ) -> None:
     """Fills out and the statistics that are wanted.
 
-    Sources and out are bf16 or fp16, parameters bf16, fp16 or fp32; rows start at multiples of 16 bytes. logits, rstd and lse
-    are what the backward needs. Moves (L + 1) T D elements. Deterministic.
+    Sources are bf16 or fp16, those with scales fp16, out and parameters bf16, fp16 or fp32; rows start at multiples of 16 bytes.
+    logits, rstd and lse are what the backward needs. Moves (L + 1) T D elements. Deterministic.
     """
     query, key_weight, output_weight = aligned(query), aligned(key_weight), aligned(output_weight)
     kernel = kernel_for(
@@ -116,6 +140,7 @@ def mix_fwd(
         rstd=rstd is not None,
         lse=lse is not None,
         weights=weights is not None,
+        **formats_beside(out, [format_of(sources[0], source_scales)] * len(sources)),
     )
     operands = Operands(
         query=query.data_ptr(),
@@ -128,5 +153,6 @@ def mix_fwd(
         lse=address(lse),
         weights=address(weights),
     )
-    rows, strides = [source.data_ptr() for source in sources], [source.stride(0) for source in sources]
+    given = [*sources, *(source_scales or ())]
+    rows, strides = [tensor.data_ptr() for tensor in given], [tensor.stride(0) for tensor in given]
     launch(kernel, rows, strides, operands, out, eps, output_eps, scale)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from cute_kernels.config import DTYPES, Operands, token_class
-from cute_kernels.mix_fwd import address, aligned, dtype_of, kernel_for, launch
+from cute_kernels.config import Operands, token_class
+from cute_kernels.mix_fwd import address, aligned, dtype_of, format_of, formats_beside, kernel_for, launch
 
 
 def phase2_fwd(
@@ -35,16 +35,14 @@ def phase2_fwd(
 ) -> None:
     """out = h or RMSNorm(h) * output_weight, with x = partial, or partial + delta rounded to the storage dtype (new_partial).
 
-    Tensors are bf16 or fp16, those with a scale fp16, parameters bf16, fp16 or fp32; rows start at multiples of 16 bytes. A seed
-    rounds new_partial stochastically. logit and rstd are what the backward needs. Moves 3 T D elements, 5 T D with delta.
+    Rows are bf16 or fp16, those with a scale fp16, out and parameters bf16, fp16 or fp32; rows start at multiples of 16 bytes. A
+    seed rounds new_partial stochastically. logit and rstd are what the backward needs. Moves 3 T D elements, 5 T D with delta.
     Deterministic.
     """
     query, key_weight, output_weight = aligned(query), aligned(key_weight), aligned(output_weight)
     rows = [inter_out, partial] if delta is None else [inter_out, partial, delta]
     row_scales = [inter_scale, partial_scale, None][: len(rows)]
-    formats = tuple(format_of(row, row_scale) for row, row_scale in zip(rows, row_scales, strict=True))
-    sum_format = "" if new_partial is None else format_of(new_partial, new_partial_scale)
-    own = DTYPES[out.dtype]
+    formats = [format_of(row, row_scale) for row, row_scale in zip(rows, row_scales, strict=True)]
     kernel = kernel_for(
         "phase2_fwd",
         out.dtype,
@@ -58,9 +56,8 @@ def phase2_fwd(
         delta=delta is not None,
         logits=logit is not None,
         rstd=rstd is not None,
-        formats=() if set(formats) | {sum_format or own} == {own} else formats,
-        sum="" if sum_format == own else sum_format,
         stochastic=seed is not None and delta is not None,
+        **formats_beside(out, formats, None if new_partial is None else format_of(new_partial, new_partial_scale)),
     )
     operands = Operands(
         query=query.data_ptr(),
@@ -73,12 +70,9 @@ def phase2_fwd(
         sum=address(new_partial),
         sum_stride=0 if new_partial is None else new_partial.stride(0),
         sum_scale=address(new_partial_scale),
+        sum_scale_stride=1,
         seed=seed or 0,
     )
     given = rows + [row_scale for row_scale in row_scales if row_scale is not None]
     strides = [row.stride(0) for row in given]
     launch(kernel, [row.data_ptr() for row in given], strides, operands, out, eps, output_eps, scale)
-
-
-def format_of(row: torch.Tensor, scale: torch.Tensor | None) -> str:
-    return DTYPES[row.dtype] if scale is None else "fp16_scaled"

@@ -342,7 +342,7 @@ def spec(
     stride: one more, from row to row of a tensor.
     """
     first, alignment = tensors[0], byte_alignment(tensors, stride)
-    features = dtypes.features({*stored, *[tensor.dtype for tensor in tensors]}, scaled, seed, more)
+    features = dtypes.features({tensor.dtype for tensor in tensors}, scaled, seed, more, stored)
     return _spec(op, first.device, first.dtype, first.shape[-1], num_sources, num_queries, alignment, features)
 
 

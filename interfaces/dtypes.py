@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,14 +57,25 @@ def check(storage: str, column: str, argument: str, found: str) -> None:
 
 
 def features(
-    storage: set[torch.dtype], scaled: bool = False, seed: int | None = None, more: tuple[str, ...] = ()
+    storage: set[torch.dtype],
+    scaled: bool = False,
+    seed: int | None = None,
+    more: tuple[str, ...] = (),
+    stored: Sequence[torch.dtype] = (),
 ) -> tuple[str, ...]:
-    """What a launch asks for beyond one dtype of all its storage tensors: what `Spec.features` has."""
-    if len(storage) == 1 and not scaled and seed is None and not more:
+    """What a launch asks for beyond one dtype of all its storage tensors: what `Spec.features` has.
+
+    storage: the dtypes of what it reads or updates; stored: of what it makes.
+    """
+    every = storage.union(stored)
+    if len(every) == 1 and not scaled and seed is None and not more:
         return ()
-    mixed = ("mixed storage dtypes",) * (len(storage) > 1)
-    wide = ("float32 beside 16-bit storage",) * (len(storage) > 1 and torch.float32 in storage)
-    return (*mixed, *wide, *("scaled fp16",) * scaled, *more, *("stochastic rounding",) * (seed is not None))
+    found = ["mixed storage dtypes"] * (len(every) > 1)
+    if len(every) > 1 and torch.float32 in every:
+        found.append(
+            "float32 beside 16-bit storage" if torch.float32 in storage else "float32 results of 16-bit storage"
+        )
+    return (*found, *("scaled fp16",) * scaled, *more, *("stochastic rounding",) * (seed is not None))
 
 
 def scaled_sources(scaled: bool) -> tuple[str, ...]:

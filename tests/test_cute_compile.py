@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -141,6 +142,15 @@ def test_small_tokens_go_straight_to_registers() -> None:
         assert row_tile(hidden_size, num_sources) == ring_tile(hidden_size, num_sources)
 
 
+def test_scaled_sums_of_many_tokens_go_through_the_ring() -> None:
+    """Where a token mixes several sources, or is rounded stochastically besides."""
+    scaled: dict[str, Any] = {"delta": True, "scaled_sum": True}
+    assert row_tile(4096, 5, **scaled) == ring_tile(4096, 5, delta=True)
+    assert row_tile(4096, 1, merge=True, **scaled) == RegisterTile(8)
+    assert row_tile(4096, 1, merge=True, **scaled, stochastic=True) == ring_tile(4096, 1, merge=True, delta=True)
+    assert row_tile(4096, 5, 16, **scaled) == row_tile(4096, 5, 16, delta=True) == RegisterTile(2, 8)
+
+
 @pytest.fixture
 def warp(monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
     """Lane numbers, with the device helpers' warp operations replaced by NumPy ones on arrays of 32 lanes."""
@@ -220,7 +230,7 @@ def test_machine_code(case: tuple) -> None:
     assert "sm_90a" in found.sass
     vectors = c.tile.vectors(c.hidden_size)
     # Rows move 16 bytes at a time in both directions.
-    stored = 1 + 2 * c.mixed + c.delta + c.write_block
+    stored = 1 + (c.dtype == "fp32") + 2 * c.mixed + c.delta + c.write_block
     assert len(re.findall(r"STG\.E\.128", found.sass)) == vectors * stored
     assert not re.search(r"(STG|LDG)\.E\.(U16|U8|S16|64)|LDS\.(U16|64)", found.sass)
     assert {"ACQBULK", "PREEXIT"} < set(found.instructions)  # programmatic dependent launch

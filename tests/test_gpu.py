@@ -189,14 +189,17 @@ def test_cuda_graph_replays_the_step(backend: str) -> None:
     assert torch.equal(given["prefix"], expected["prefix"])
 
 
+@pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("tokens", [1, 16, 66, 132, 300])
-def test_steps_in_a_row_see_each_other(tokens: int) -> None:
+def test_steps_in_a_row_see_each_other(tokens: int, scaled: bool) -> None:
     """In a graph, a step may start while the one before it ends, whose result it reads and whose prefix it updates."""
     case = inputs.make_case("step", Shape(tokens, 7168, 4), dtype="bf16", device="cuda")
     given = {**case.arguments, "block_write_idx": -1}
+    if scaled:
+        given |= {name: attnres.ScaledTensor.from_tensor(given[name]) for name in ("prefix", "blocks")}
     prefixes = [given["prefix"].clone() for _ in range(2)]
 
-    def steps(prefix: torch.Tensor, wait: bool) -> torch.Tensor:
+    def steps(prefix: torch.Tensor | attnres.ScaledTensor, wait: bool) -> torch.Tensor:
         delta = given["delta"]
         for _ in range(50):
             delta = attnres.attn_res_step(**given | {"prefix": prefix, "delta": delta}, backend="cute")
@@ -211,7 +214,7 @@ def test_steps_in_a_row_see_each_other(tokens: int) -> None:
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(found, expected)
-    assert torch.equal(*prefixes)
+    assert torch.equal(*(prefix.to(torch.float32) for prefix in prefixes))
 
 
 def test_phase_1_draws_every_item_once() -> None:

@@ -192,12 +192,13 @@ def test_cute_refuses_what_it_has_no_kernel_for() -> None:
     call["op"] = "serve_step"
     for options, expected in (
         ({"storage": {BF16}, "seed": 1}, "None"),
-        ({"storage": {FP16}, "scaled": True, "seed": 1}, "serve_step has no CuTe kernel yet for scaled fp16"),
+        ({"storage": {FP16, BF16}, "scaled": True, "seed": 1, "stored": (FP32,)}, "None"),
+        ({"storage": {FP16, FP32}}, "serve_step has no CuTe kernel yet for float32 beside 16-bit storage"),
     ):
         assert expected in str(cute_config.refusal(**call, features=dtypes.features(**options)))
     everything = ("mixed storage dtypes", "scaled fp16", "sources of scaled fp16", "gradients of several dtypes")
     for op, missing in (
-        ("mix_fwd", (*everything, "stochastic rounding")),
+        ("mix_fwd", (everything[3], "stochastic rounding")),
         ("mix_bwd", (everything[3], "stochastic rounding")),
         ("phase1_fwd", (*everything[2:], "stochastic rounding")),
         ("phase1_bwd", (*everything, "stochastic rounding")),
@@ -457,8 +458,7 @@ def test_torch_and_triton_draw_the_same_sums_on_the_gpu(storage: str, ran: list[
             attnres.attn_res_step(prefix, delta, blocks, None, query, None, 1, 1, EPS, EPS, **options)
             found += [new.to(FP32), prefix.to(FP32), blocks[:, 1].to(FP32)]
         assert all(torch.equal(value, found[0]) for value in found)
-    on_cute = storage != SCALED_FP16 and torch.cuda.get_device_capability() == (9, 0)
-    assert ran[-1] == ("serve_step", "cute" if on_cute else "triton")
+    assert ran[-1] == ("serve_step", "cute" if torch.cuda.get_device_capability() == (9, 0) else "triton")
 
 
 @pytest.mark.gpu
@@ -492,14 +492,18 @@ def test_phase_1_on_the_gpu(storage: str | None) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "auto"])
 @pytest.mark.parametrize("op", ["mix", "phase1", "phase2"])
-def test_float32_outputs_on_the_gpu(op: str) -> None:
+def test_float32_outputs_on_the_gpu(op: str, backend: str, ran: list[tuple[str, str]]) -> None:
     for shape in (Shape(1, 384, 2, 3), Shape(257, 2304, 9, 12)):
         case = inputs.make_case(op, shape, dtype="fp16" if op == "mix" else "bf16/fp32", device="cuda")
         function = {"mix": attnres.attn_res, "phase1": attnres.phase_1, "phase2": attnres.phase_2}[op]
-        with attnres.checked("full"), attnres.use_backend("triton"):
+        with attnres.checked("full"), attnres.use_backend(backend):
             out = function(**case.arguments, out_dtype=FP32)
         assert (out if isinstance(out, Tensor) else out[0]).dtype == FP32
+        if op != "phase1":
+            on_cute = backend == "auto" and torch.cuda.get_device_capability() == (9, 0)
+            assert ran[-1][1] == ("cute" if on_cute else "triton")
 
 
 def test_backends_are_told_what_a_call_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -514,7 +518,7 @@ def test_backends_are_told_what_a_call_asks_for(monkeypatch: pytest.MonkeyPatch)
     attnres.phase_1([value], S, EPS, stochastic_seed=1)
     found = [spec.features for spec in asked]
     mixed, scaled = "mixed storage dtypes", "scaled fp16"
-    wide = "float32 beside 16-bit storage"
+    wide = "float32 results of 16-bit storage"
     assert found == [
         (),
         (mixed, wide),

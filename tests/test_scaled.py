@@ -483,11 +483,60 @@ def test_hopper_makes_it_and_takes_its_gradients(shape: Shape, ran: list[tuple[s
     assert launches <= set(ran)
 
 
+# One of every way rows take: clusters of CTAs, registers, the ring with one and two rows a slot, chunks, padding.
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(1, 7168, 9),
+        Shape(66, 7168, 9),
+        Shape(132, 4096, 5),
+        Shape(257, 7168, 9, output_norm=False),
+        Shape(300, 7168, 17),
+        Shape(1000, 2048, 17),
+        Shape(301, 2304, 4),
+        Shape(700, 384, 9, key_weight=False),
+        Shape(61, 72, 32),
+        Shape(140, 8, 1),
+    ],
+    ids=lambda shape: shape.for_op("mix"),
+)
+@pytest.mark.parametrize("op", ["mix", "step"])
+def test_hopper_mixes_scaled_sources(op: str, shape: Shape, ran: list[tuple[str, str]]) -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the CuTe kernels need a Hopper GPU")
+    case = scaled_case(op, shape, "cuda")
+    poison = torch.full((4, shape.tokens, shape.hidden_size), math.nan, device="cuda")  # what is handed out next
+    del poison
+    results, again = (call(op, case.arguments, case.grad_outputs, backend="cute") for _ in range(2))
+    assert broken(op, case, results) == {}
+    assert torch.equal(results["out"], again["out"])
+    # Every token of another magnitude.
+    factor = torch.exp2(45.0 * (torch.arange(shape.tokens, device="cuda") % 5 - 2))
+    for name in STORAGE[op]:
+        for value in case.arguments[name] if op == "mix" else [case.arguments[name]]:
+            value.scale.mul_(factor.view(-1, *(1,) * (value.scale.dim() - 1)))
+    for out_dtype, allowed in ((torch.bfloat16, 2.0**-8), (torch.float32, 4e-6)):
+        found = call(op, case.arguments, {}, backend="cute", out_dtype=out_dtype) if op == "step" else {}
+        if op == "mix":
+            found["out"] = attnres.attn_res(**case.arguments, backend="cute", out_dtype=out_dtype)
+        expected = (oracle.step if op == "step" else oracle.mix)(**case.arguments)
+        error = (found["out"].double() - expected.out).norm(dim=-1) / expected.out.norm(dim=-1)
+        assert error.max() <= allowed, (out_dtype, error.max(), error.argmax(), error[:10])
+    assert {backend for _, backend in ran} == {"cute"}
+    if op == "step":
+        for name in ("prefix", "blocks"):
+            for part in ("values", "scale"):
+                stored, wanted = (getattr(value, part) for value in (found[name], getattr(expected, name)))
+                assert torch.equal(stored.nan_to_num(nan=0.5), wanted.nan_to_num(nan=0.5)), (name, part)
+
+
 @pytest.mark.gpu
 def test_auto_takes_triton_for_what_cute_has_no_kernel_for(ran: list[tuple[str, str]]) -> None:
-    sources = [ScaledTensor.from_tensor(rows(4, 64).cuda())]
-    attnres.attn_res(torch.zeros(64, device="cuda"), sources, backend="auto")
-    assert ran == [("mix_fwd", "triton")]
+    prefix, blocks = (ScaledTensor.from_tensor(rows(*shape).cuda()) for shape in ((4, 64), (4, 2, 64)))
+    given = prefix, rows(4, 64).cuda(), blocks, None, torch.zeros(64, device="cuda"), None, 2, -1, EPS, EPS
+    attnres.attn_res_step(*given, backend="auto")
+    assert ran == [("serve_step", "triton")]
     if torch.cuda.get_device_capability() == (9, 0):
-        with pytest.raises(attnres.BackendError, match=r"no CuTe kernel yet for .*scaled fp16"):
-            attnres.attn_res(torch.zeros(64, device="cuda"), sources, backend="cute")
+        with pytest.raises(attnres.BackendError, match="no CuTe kernel yet for float32 beside 16-bit storage"):
+            attnres.attn_res_step(*given, backend="cute")

@@ -1,6 +1,6 @@
 """The row kernel behind mix_fwd, serve_step and phase2_fwd: reads every row once, mixes it in registers, writes once.
 
-    x_i        source i of a token; the last one may arrive as two rows whose sum, rounded to the storage dtype, is x_L
+    x_i        source i of a token; the first one may arrive as two rows whose sum, rounded to its storage, is x_1
     logit_i  = scale * rstd_i * <u, x_i>,  rstd_i = (mean(x_i^2) + eps)^(-1/2),  u = query * key_weight
     m        = sum_i softmax(logit)_i x_i;  merging, one more row (phase 1's mix) takes part with a given logit (its lse)
     out      = m, or RMSNorm(m) * output_weight
@@ -26,6 +26,7 @@ from cute_kernels.device.rows import (
     add_products,
     exp_difference,
     log,
+    number_at,
     pack,
     reciprocal_root,
     store_by_owner,
@@ -110,10 +111,10 @@ class RowMix:
         self.store_mix(r_mix, softmax, unit, token, exchange, part, weight, operands, scalars)
 
     def read_source(self, source: int, token, reader, exchange, operands: Operands, scalars: Scalars) -> tuple:
-        """The next source in registers and its scale; the last one after its delta is added, and stored where it is wanted."""
+        """The next source in registers and its scale; the first one after its delta is added, and stored where it is wanted."""
         config, part = self.config, reader.part
         r_row, scale = reader.next(), reader.scale
-        if source < config.num_sources - 1:
+        if source > 0:
             return r_row, scale
         if config.delta:
             r_delta = reader.next()
@@ -124,6 +125,8 @@ class RowMix:
             self.store_row(r_row, operands.sum, operands.sum_stride, token, part)
         if config.write_block:
             self.store_row(r_row, operands.block, operands.block_stride, token, part)
+            if scale is not None:
+                store_scalar(number_at(operands.block_scale, token, operands.block_scale_stride), scale, exchange)
         return r_row, scale
 
     def add_delta(self, r_row, scale, r_delta, token, part: RowTile, exchange, operands, scalars) -> tuple:
@@ -137,7 +140,7 @@ class RowMix:
         if config.scaled_sum:
             peak = tree(cute.arch.fmax, [finite_magnitude(value) for vector in total for value in vector])
             scale = scale_from(exchange.max(warp_max(peak)))
-            store_scalar(operands.sum_scale, scale, token, exchange, scalars.tokens)
+            store_scalar(number_at(operands.sum_scale, token, operands.sum_scale_stride), scale, exchange)
             down = inverse(scale)
             total = [[value * down for value in vector] for vector in total]
         r_sum = part.fragment(dtype)
@@ -205,7 +208,7 @@ class RowMix:
 
     def store_softmax(self, softmax, held: list, token, exchange: Exchange, operands, scalars) -> None:
         if self.config.lse:
-            store_scalar(operands.lse, softmax.lse(), token, exchange, scalars.tokens)
+            store_scalar(number_at(operands.lse, token), softmax.lse(), exchange)
         if self.config.weights:
             for first, sums, lane_logits in held:
                 lane_weights = [softmax.weight(logit) for logit in lane_logits]

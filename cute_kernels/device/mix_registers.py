@@ -7,20 +7,29 @@ most: for the sums of the rows and for the output norm's.
 
 import cuda.bindings.driver as cuda
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64, const_expr
+from cutlass import Float32, Int32, const_expr
 from cutlass.memory import SmemAllocator
 
-from cute_kernels.config import Operands
-from cute_kernels.device.mix import RowMix, Scalars
+from cute_kernels.config import SCALED_FP16, Operands
+from cute_kernels.device.mix import TYPES, RowMix, Scalars
 from cute_kernels.device.pipelines import global_row
-from cute_kernels.device.rows import LANES, ClusterExchange, GroupExchange, RowTile, vector_fp32
+from cute_kernels.device.rows import (
+    LANES,
+    ClusterExchange,
+    GroupExchange,
+    RowTile,
+    number_at,
+    prefetch_line,
+    strided_fp32,
+    vector_fp32,
+)
 
 
 class RegisterKernel(RowMix):
     @cute.jit
     def __call__(
         self,
-        rows: list,  # addresses of the rows of token 0: (merged row), sources, (delta); then of the scales of scaled rows
+        rows: list,  # addresses of the rows of token 0: RowConfig.formats has their order; then of the scales of scaled rows
         strides: list,  # elements from one token to the next
         operands: Operands,
         tokens: Int32,
@@ -57,10 +66,12 @@ class RegisterKernel(RowMix):
         else:
             s_partials = GroupExchange.allocate(smem, config.num_sources, tile.warps, 1)
             exchange = GroupExchange(s_partials, 0, warp, lane, tile.warps, 0)
-        # Before any read: the kernel before this one may have written a parameter, too.
-        cute.arch.griddepcontrol_wait()
         part = RowTile(config.hidden_size, tile.cluster * tile.warps, rank * tile.threads + thread)
         token = block // tile.cluster
+        if const_expr(tile.cluster > 1):
+            self.prefetch(token, rows, strides, part, operands)
+        # Before any read: the kernel before this one may have written a parameter, too.
+        cute.arch.griddepcontrol_wait()
         # Every load before the first use.
         reader = self.load_rows(token, rows, strides, part)
         given = vector_fp32(operands.given_logit, scalars.tokens)[token] if const_expr(config.merge) else None
@@ -70,17 +81,34 @@ class RegisterKernel(RowMix):
         r_u = self.load_key(part, operands)
         self.mix_token(token, reader, exchange, r_u, given, weight, operands, scalars)
 
+    def prefetch(self, token: Int32, rows: list, strides: list, part: RowTile, operands: Operands) -> None:
+        """Starts bringing what this CTA will read into L2, while the kernel before this one ends.
+
+        L2 is where all SMs agree on what memory holds, so it does not matter that the kernel before may still write some of it. On
+        an H200, step at D 7168, L 9: T 1 2.54 -> 2.10 us, T 16 3.71 -> 3.44, T 64 5.18 -> 4.93; with a CTA a token, T 128 8.27 ->
+        8.57, prefill alike.
+        """
+        config, count = self.config, self.config.rows_per_token
+        found = [(dtype, *place, token) for dtype, *place in zip(self.row_types, rows, strides, strict=False)]
+        for kind, address in (
+            (config.query, operands.query),
+            (config.key_weight, operands.key_weight),
+            (config.output_weight, operands.output_weight),
+        ):
+            if kind is not None:
+                found.append((TYPES[kind], address, 0, 0))
+        for dtype, *place in found:
+            part.prefetch(global_row(dtype, *place, config.hidden_size))
+        for address, stride in zip(rows[count:], strides[count:], strict=True):
+            prefetch_line(number_at(address, token, stride), 0, part.thread % LANES == 0)
+
     def load_rows(self, token: Int32, rows: list, strides: list, part: RowTile) -> "LoadedRows":
         size, count = self.config.hidden_size, self.config.rows_per_token
         r_rows = []
         for dtype, row, stride in zip(self.row_types, rows[:count], strides[:count], strict=True):
             r_rows.append(part.load(dtype, global_row(dtype, row, stride, token, size)))
-        # One number a row: its address is aligned to no more than that.
-        loaded = [
-            vector_fp32(a + Int64(token) * s * 4, 1)[0] for a, s in zip(rows[count:], strides[count:], strict=True)
-        ]
-        found = iter(loaded)
-        scales = [next(found) if name == "fp16_scaled" else None for name in self.formats]
+        found = iter([strided_fp32(a, s, token) for a, s in zip(rows[count:], strides[count:], strict=True)])
+        scales = [next(found) if name == SCALED_FP16 else None for name in self.formats]
         return LoadedRows(r_rows, scales, part)
 
 

@@ -12,8 +12,8 @@ from cutlass import Float32, Int32, const_expr
 from cutlass.memory import SmemAllocator
 from cutlass.pipeline import PipelineState
 
-from cute_kernels.config import PRODUCER_REGISTERS, Operands, RowConfig
-from cute_kernels.device.mix import RowMix, Scalars
+from cute_kernels.config import ITEM_BYTES, PRODUCER_REGISTERS, SCALED_FP16, Operands, RowConfig
+from cute_kernels.device.mix import TYPES, RowMix, Scalars
 from cute_kernels.device.pipelines import (
     RowRing,
     RowRings,
@@ -35,7 +35,7 @@ class RingKernel(RowMix):
     @cute.jit
     def __call__(
         self,
-        rows: list,  # addresses of the rows of token 0 in ring order: (merged row), sources, (delta)
+        rows: list,  # addresses of the rows of token 0: RowConfig.formats has their order; then of the scales of scaled rows
         strides: list,  # elements from one token to the next
         operands: Operands,
         tokens: Int32,
@@ -61,17 +61,19 @@ class RingKernel(RowMix):
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         cute.arch.griddepcontrol_launch_dependents()
         smem = SmemAllocator()
+        scaled = config.num_scales > 0
         rings = RowRings.allocate(
             smem,
-            self.dtype,
+            self.row_types[0],
             groups=tile.groups,
             slots=tile.slots,
             rows=tile.rows,
             pitch=config.pitch,
             elements=config.hidden_size,
             consumer_warps=tile.warps,
+            scaled=scaled,
         )
-        table = RowTable.allocate(smem, config.rows_per_token, tile.producer_warps)
+        table = RowTable.allocate(smem, config.table_entries, tile.producer_warps)
         s_partials = GroupExchange.allocate(smem, tile.chunk, tile.warps, tile.groups)
         s_weight = None
         if const_expr(config.output_weight is not None):
@@ -86,7 +88,7 @@ class RingKernel(RowMix):
                 cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
             cute.arch.griddepcontrol_wait()
             with cute.arch.elect_one():
-                table.of(producer).fill(rows, strides, self.dtype.width // 8)
+                self.fill_table(table.of(producer), rows, strides)
                 self.produce(producer, rings, table.of(producer), scalars)
         else:
             if const_expr(config.pitch > config.hidden_size):
@@ -98,6 +100,15 @@ class RingKernel(RowMix):
             if const_expr(tile.consumer_registers > 0):
                 cute.arch.setmaxregister_increase(tile.consumer_registers)
             self.consume(tid, warp, rings, s_partials, s_weight, operands, scalars)
+
+    def fill_table(self, table: RowTable, rows: list, strides: list) -> None:
+        """With scales, entry rows_per_token + i is for the scale of row i; for a row without one, it is another's."""
+        count = self.config.rows_per_token
+        table.fill(rows[:count], strides[:count], ITEM_BYTES)
+        if self.config.num_scales:
+            found = iter(range(count, len(rows)))
+            places = [next(found) if name == SCALED_FP16 else count for name in self.formats]
+            table.fill([rows[i] for i in places], [strides[i] for i in places], 4, count)
 
     @cute.jit
     def stage_weight(self, tid: Int32, s_weight: cute.Tensor, operands: Operands):
@@ -146,7 +157,11 @@ class RingKernel(RowMix):
         ring.acquire(state, rows if const_expr(count % rows == 0) else cutlass.min(rows, count - first))
         for r in cutlass.range_constexpr(rows):
             if const_expr(count % rows == 0) or first + r < count:
-                ring.copy(state, r, table.row(self.dtype, first + r, token, self.columns))
+                ring.copy(state, r, table.row(ring.dtype, first + r, token, self.columns))
+                if const_expr(ring.s_scales is not None):
+                    ring.copy_scale(state, r, table.start(count + first + r, token))
+        if const_expr(ring.s_scales is not None):
+            ring.commit_scales(state)
 
     @cute.jit
     def consume(self, tid, warp, rings, s_partials, s_weight, operands: Operands, scalars: Scalars):
@@ -169,7 +184,7 @@ class RingKernel(RowMix):
             if const_expr(config.merge):
                 # The next token's, a token ahead: its latency would otherwise sit between two reductions.
                 given = self.load_given(operands, scalars, i + tile.groups)
-            reader = RowReader(config, ring, state, part)
+            reader = RowReader(config, ring, state, part, formats=self.formats)
             exchange = GroupExchange(s_partials, group, warp % tile.warps, lane, tile.warps, turn)
             self.mix_token(token, reader, exchange, r_u, r_given, weight, operands, scalars)
             state, turn = reader.state, exchange.turn
@@ -181,12 +196,23 @@ class RingKernel(RowMix):
 
 
 class RowReader:
-    """The rows of one token from a ring, one after the other, each in registers as stored; `keep` leaves them in the ring."""
+    """The rows of one token from a ring, one after the other, each in registers as stored; `keep` leaves them in the ring.
 
-    scale = None  # its rows have none
+    formats: of the rows, where they have formats of their own.
+    """
 
-    def __init__(self, config: RowConfig, ring: RowRing, state: PipelineState, part: RowTile, keep: bool = False):
+    def __init__(
+        self,
+        config: RowConfig,
+        ring: RowRing,
+        state: PipelineState,
+        part: RowTile,
+        keep: bool = False,
+        formats: tuple[str, ...] = (),
+    ):
         self.config, self.ring, self.state, self.part, self.keep, self.count = config, ring, state, part, keep, 0
+        self.formats = formats
+        self.scale: Float32 | None = None  # of the last row, if it has one
         self.finished: PipelineState | None = None
 
     def next(self) -> cute.Tensor:
@@ -198,8 +224,13 @@ class RowReader:
         # For a slot's later rows the wait is over already, but its branch keeps the compiler from loading them all up front,
         # which spilled.
         self.ring.wait(self.state)
+        place = self.count % self.config.tile.rows
         r_row = self.part.fragment(self.ring.dtype)
-        cute.autovec_copy(self.part.view(self.ring.row(self.state, self.count % self.config.tile.rows)), r_row)
+        cute.autovec_copy(self.part.view(self.ring.row(self.state, place)), r_row)
+        if self.formats:
+            name = self.formats[self.count]
+            r_row = cute.recast_tensor(r_row, TYPES[name])
+            self.scale = self.ring.scale(self.state, place) if name == SCALED_FP16 else None
         self.release()
         self.skip()
         return r_row

@@ -32,6 +32,7 @@ from cute_kernels.device.rows import (
     GroupExchange,
     RowSums,
     RowTile,
+    number_at,
     pack,
     reciprocal_root,
     select,
@@ -267,7 +268,7 @@ class Phase2BwdKernel:
             (product,) = exchange.sum([warp_sum(totals[0])])
             product = product * unit
         z = share * rest * product
-        store_scalar(operands.d_inter_lse, -z, token, exchange, scalars.tokens)
+        store_scalar(number_at(operands.d_inter_lse, token), -z, exchange)
         rstd = statistics.rstd * statistics.partial_scale  # of the values; fp32 has no square of a large row's own
         radial = statistics.rstd * (rstd * statistics.logit * z * one_over_d)
         key = scalars.scale * (statistics.rstd * z)

@@ -6,8 +6,10 @@ row; consumer warps wait for a slot, read it, and give it back. Positions in a r
     state = producer_state(slots)                    state = consumer_state(slots)
     for each token:                                  for each token:
         ring.acquire(state, rows)                        ring.wait(state)
-        ring.copy(state, r, row) for each row            ... ring.row(state, r) ...
+        ring.copy(state, r, row) for each row            ... ring.row(state, r), ring.scale(state, r) ...
         state.advance()                                  ring.release(state); state.advance()
+
+The scales of scaled rows travel with them: 4 bytes each (cp.async), which arrive at the same mbarrier.
 
 A ring has exactly one consumer group. Several groups have one ring each rather than turns at a common one: a parity tells a phase
 only from its neighbours, so a group that skipped other groups' slots could take an older lap of a slot for its own.
@@ -18,10 +20,12 @@ from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Int64, Numeric
+from cutlass import Float32, Int32, Int64, Numeric
 from cutlass.cute.nvgpu import cpasync
 from cutlass.memory import SmemAllocator
 from cutlass.pipeline import PipelineState, PipelineUserType, make_pipeline_state
+
+from cute_kernels.device.mma import ptx
 
 # createpolicy.fractional.L2::evict_first: rows are read once, so they should leave L2 before anything that is reused.
 EVICT_FIRST = 0x12F0000000000000
@@ -48,7 +52,7 @@ def global_row(dtype: type[Numeric], address: Int64, stride: Int64 | int, row: I
 
 @dataclass(frozen=True)
 class RowTable:
-    """Addresses of the rows of token 0 and bytes from one token to the next, in shared memory.
+    """Addresses of the rows of token 0, and of scales, and bytes from one token to the next, in shared memory.
 
     A producer that loops over it needs few registers; with all rows unrolled, it spills the few that setmaxnreg leaves it.
     """
@@ -62,16 +66,19 @@ class RowTable:
     def of(self, producer: Int32) -> "RowTable":
         return RowTable(self.s_entries[None, None, producer])
 
-    def fill(self, addresses: list, strides: list, item_bytes: int) -> None:
-        """By the thread that reads it; strides in elements."""
+    def fill(self, addresses: list, strides: list, item_bytes: int, first: int = 0) -> None:
+        """Entries first, first + 1, ... by the thread that reads them; strides in elements."""
         for i, (address, stride) in enumerate(zip(addresses, strides, strict=True)):
-            self.s_entries[0, i] = address
-            self.s_entries[1, i] = stride * item_bytes
+            self.s_entries[0, first + i] = address
+            self.s_entries[1, first + i] = stride * item_bytes
+
+    def start(self, i: Int32, token: Int32) -> Int64:
+        """The address of entry i for a token."""
+        return self.s_entries[0, i] + token * self.s_entries[1, i]
 
     def row(self, dtype: type[Numeric], i: Int32, token: Int32, elements: int) -> cute.Tensor:
         """Row i of a token: global (elements,)."""
-        start = self.s_entries[0, i] + token * self.s_entries[1, i]
-        pointer = cute.make_ptr(dtype, start, cute.AddressSpace.gmem, assumed_align=16)
+        pointer = cute.make_ptr(dtype, self.start(i, token), cute.AddressSpace.gmem, assumed_align=16)
         return cute.make_tensor(pointer, cute.make_layout((elements,)))
 
 
@@ -96,6 +103,7 @@ class RowRing:
     full: cute.Pointer  # [slots] mbarriers: the slot's bytes have landed
     empty: cute.Pointer  # [slots] mbarriers: every consumer warp has read the slot
     elements: int
+    s_scales: cute.Tensor | None = None  # (rows, slots)
 
     @property
     def dtype(self) -> type[Numeric]:
@@ -114,6 +122,15 @@ class RowRing:
         atom = cute.make_copy_atom(cpasync.CopyBulkG2SOp(), self.dtype)
         cute.copy(atom, g_row, s_row, mbar_ptr=self.full + state.index, cache_policy=Int64(EVICT_FIRST))
 
+    def copy_scale(self, state: PipelineState, r: int, address: Int64) -> None:
+        """By the same thread: starts copying the scale of row r; after all rows, `commit_scales`."""
+        place = (self.s_scales.iterator + (state.index * self.s_scales.shape[0] + r)).toint()
+        ptx("cp.async.ca.shared.global [$0],[$1],4;", [], [Int32(place), address], effects=True)
+
+    def commit_scales(self, state: PipelineState) -> None:
+        """Lets the slot's scales arrive at `full` when they have landed."""
+        cute.arch.cp_async_mbarrier_arrive_noinc(self.full + state.index)
+
     def wait(self, state: PipelineState) -> None:
         """By every consumer thread, before its first read of the slot."""
         cute.arch.mbarrier_wait(self.full + state.index, state.phase)
@@ -121,6 +138,9 @@ class RowRing:
     def row(self, state: PipelineState, r: int) -> cute.Tensor:
         """Row r of the slot: shared (pitch,)."""
         return self.s_rows[None, r, state.index]
+
+    def scale(self, state: PipelineState, r: int) -> Float32:
+        return self.s_scales[r, state.index]
 
     def release(self, state: PipelineState) -> None:
         """By every consumer warp, after its last read of the slot. Orders those reads before the copy that overwrites them."""
@@ -137,6 +157,7 @@ class RowRings:
     barriers: cute.Pointer  # [groups, 2, slots] mbarriers: full, then empty
     elements: int
     consumer_warps: int  # of a group
+    s_scales: cute.Tensor | None  # (rows, slots, groups)
 
     @staticmethod
     def allocate(
@@ -149,14 +170,18 @@ class RowRings:
         pitch: int,
         elements: int,
         consumer_warps: int,
+        scaled: bool = False,
     ) -> "RowRings":
         s_rows = smem.allocate_tensor(dtype, cute.make_layout((pitch, rows, slots, groups)), byte_alignment=128)
-        return RowRings(s_rows, smem.allocate_array(Int64, groups * 2 * slots), elements, consumer_warps)
+        barriers = smem.allocate_array(Int64, groups * 2 * slots)
+        s_scales = smem.allocate_tensor(Float32, cute.make_layout((rows, slots, groups)), 16) if scaled else None
+        return RowRings(s_rows, barriers, elements, consumer_warps, s_scales)
 
     def of(self, group: Int32 | int) -> RowRing:
         slots = self.s_rows.shape[2]
         full = self.barriers + group * (2 * slots)
-        return RowRing(self.s_rows[None, None, None, group], full, full + slots, self.elements)
+        s_scales = None if self.s_scales is None else self.s_scales[None, None, group]
+        return RowRing(self.s_rows[None, None, None, group], full, full + slots, self.elements, s_scales)
 
     @cute.jit
     def init_barriers(self, producer: Int32, producers: cutlass.Constexpr) -> None:
@@ -171,7 +196,7 @@ class RowRings:
             if producer == group % producers:
                 full = self.barriers + group * (2 * slots)
                 for slot in cutlass.range_constexpr(slots):
-                    cute.arch.mbarrier_init(full + slot, 1)
+                    cute.arch.mbarrier_init(full + slot, 1 if self.s_scales is None else 2)
                     cute.arch.mbarrier_init(full + slots + slot, self.consumer_warps)
 
     def clear_padding(self, thread: Int32, threads: int) -> None:

@@ -19,6 +19,7 @@ from cute_kernels.device.pipelines import NamedBarrier
 
 LANES = 32
 VECTOR = 8  # elements of a 16-byte vector of a 2-byte type
+LINE_BYTES = 128
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
 
@@ -76,6 +77,15 @@ class RowTile:
                     words[first // 4 + i] = word
         return r_part
 
+    def prefetch(self, row: cute.Tensor) -> None:
+        """Starts bringing this thread's part of a row in device memory into L2, a thread for each line of 128 bytes."""
+        vector_bytes = VECTOR * row.element_type.width // 8
+        start = row.iterator.toint() + Int64(self.thread) * vector_bytes
+        first = self.thread % (LINE_BYTES // vector_bytes) == 0
+        for v in range(self.vectors):
+            chosen = first & self.inside(v) if self.is_partial(v) else first
+            prefetch_line(start, v * self.threads * vector_bytes, chosen)
+
     @cute.jit
     def store_vector(self, r_vector: cute.Tensor, row: cute.Tensor, v: cutlass.Constexpr) -> None:
         """Vector v of this thread, (VECTOR,) registers, into a row in device memory."""
@@ -101,6 +111,11 @@ def load_16_bytes(address: Int64, offset: int, inside: Boolean | None) -> list[I
         "mov.b32 $0,t0; mov.b32 $1,t1; mov.b32 $2,t2; mov.b32 $3,t3;}"
     )
     return ptx(text, [Int32] * 4, [address, inside], effects=True)
+
+
+def prefetch_line(address: Int64, offset: int, wanted: Boolean) -> None:
+    """Starts bringing a line of device memory into L2."""
+    ptx(f"@$1 prefetch.global.L2 [$0+{offset}];", [], [address, wanted], effects=True)
 
 
 def tree(combine: Callable[[Item, Item], Item], items: list[Item]) -> Item:
@@ -417,16 +432,21 @@ def vector_fp32(address: Int64, length: Int32) -> cute.Tensor:
     )
 
 
+def number_at(address: Int64, i: Int32, stride: Int64 | int = 1) -> Int64:
+    """The address of element i of a vector of fp32 numbers `stride` apart."""
+    return address + Int64(i) * (stride * 4)
+
+
 def strided_fp32(address: Int64, stride: Int64, i: Int32) -> Float32:
     """Element i of a vector of that stride."""
-    return vector_fp32(address + Int64(i) * (stride * 4), Int32(1))[0]
+    return vector_fp32(number_at(address, i, stride), Int32(1))[0]
 
 
 @cute.jit
-def store_scalar(address: Int64, value: Float32, token: Int32, exchange: GroupExchange, tokens: Int32) -> None:
-    """One number per token, by one thread of the group."""
+def store_scalar(address: Int64, value: Float32, exchange: GroupExchange) -> None:
+    """One number, by one thread of the group."""
     if (exchange.lane == 0) & (exchange.warp == 0):
-        vector_fp32(address, tokens)[token] = value
+        vector_fp32(address, Int32(1))[0] = value
 
 
 @cute.jit
