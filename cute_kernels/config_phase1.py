@@ -41,16 +41,16 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def query_terms(dtype: str, query: str, key_weight: str | None) -> int:
+def query_terms(dtype: str, query: str, key_weight: str | None, scaled: bool = False) -> int:
     """How many numbers of the storage dtype add up to an effective query, query * key_weight.
 
     Two bf16 numbers have 17 bits (each has 8, the second a sign of its own), enough for a product of two bf16 numbers;
     with 17 of fp32's 24 bits, logits were off by 2.5e-6 (measured on an H200), lse past its budget. Two fp16 numbers
-    have 23.
+    have 23. scaled: fp16 terms are those of a query times a power of two, which takes bf16's 8 bits into one of them.
     """
-    if key_weight is None and query == dtype:
-        return 1
     bits = MANTISSA_BITS[query] + (MANTISSA_BITS[key_weight] if key_weight else 0)
+    if (key_weight is None and query == dtype) or (scaled and dtype == "fp16" and bits <= MANTISSA_BITS["fp16"]):
+        return 1
     return 3 if dtype == "bf16" and bits > 17 else 2
 
 
@@ -95,13 +95,15 @@ class Phase1Config:
     num_queries: int  # of one launch
     logits: bool
     rstd: bool
-    scaled_out: bool  # out is scaled fp16
+    out: str  # "bf16", "fp16" or "fp16_scaled"
+    scaled_sources: bool
     tile: Phase1Tile
 
     @property
     def shape(self) -> Shape:
-        terms = query_terms(self.dtype, self.query, self.key_weight)
-        return Shape(self.hidden_size, self.num_sources, self.num_queries, terms, self.scaled_out)
+        terms = query_terms(self.dtype, self.query, self.key_weight, scaled=True)
+        sizes = (self.hidden_size, self.num_sources, self.num_queries, terms)
+        return Shape(*sizes, self.out == "fp16_scaled", self.scaled_sources)
 
     @property
     def threads(self) -> int:
@@ -129,6 +131,7 @@ class Shape:
     num_queries: int
     terms: int  # of a query: see query_terms
     scaled_out: bool
+    scaled_sources: bool
 
     @property
     def octets(self) -> int:
@@ -226,12 +229,23 @@ class Shape:
         """Two buffers of every warp's."""
         return 2 * tile.warps * tile.cluster * self.peak_bytes
 
+    def scales_bytes(self, tile: Phase1Tile) -> int:
+        """Each warp's two buffers of a scale for each lane, and units of an item's output rows."""
+        return tile.warps * (2 * LANES + self.out_octets * OCTET) * 4 * self.scaled_sources
+
+    @property
+    def table_bytes(self) -> int:
+        """Address and stride of each source's scales."""
+        return self.num_sources * 16 * self.scaled_sources
+
     def fixed_bytes(self, tile: Phase1Tile) -> int:
-        """All but the ring: staging, third terms, buffers of sums and of peaks, barriers and items of the longest ring."""
+        """All but the ring: staging, third terms, buffers of sums, peaks, scales, barriers and items of the longest ring."""
         return (
             tile.warps * (self.stage_bytes(tile) + self.third_bytes(tile))
             + self.exchange_bytes(tile)
             + self.peaks_bytes(tile)
+            + self.scales_bytes(tile)
+            + self.table_bytes
             + 8 * (2 * MAX_SLOTS + 6)
             + 4 * MAX_SLOTS
             + 12 * (MAX_SLOTS + 1) * (tile.cluster > 1)
@@ -254,26 +268,28 @@ def phase1_config(
     num_queries: int,
     logits: bool = False,
     rstd: bool = False,
-    scaled_out: bool = False,
+    out: str | None = None,
+    scaled_sources: bool = False,
 ) -> Phase1Config:
     """The configuration of one launch. It may take fewer queries than asked for: the launcher then runs it in turn on
     each part.
 
     Sources are then read once per part, which only problems do whose queries exceed the registers of a cluster of four.
     """
-    terms = query_terms(dtype, query, key_weight)
+    terms = query_terms(dtype, query, key_weight, scaled=True)
+    out = out or dtype
     parts = [min(ceil_div(ceil_div(num_queries, n), OCTET) * OCTET, num_queries) for n in (1, 2, 4)]
     parts[0] = num_queries
     for queries, clusters in [*((part, (1, 2, 4)) for part in parts), *((part, (8,)) for part in parts)]:
-        shape = Shape(hidden_size, num_sources, queries, terms, scaled_out)
+        shape = Shape(hidden_size, num_sources, queries, terms, out == "fp16_scaled", scaled_sources)
         # Weights wait for the peaks in registers: four octets of them spilled at D 4096, N 16, fp32 queries.
-        if scaled_out and shape.octets > 1 and shape.octets * shape.groups > MAX_WAITING:
+        if shape.scaled_out and shape.octets > 1 and shape.octets * shape.groups > MAX_WAITING:
             continue
         tiles = [tile for tile in (_tile(shape, cluster) for cluster in clusters) if tile]
         if tiles:
             # The smallest cluster, unless a larger one has a much better ring and stores.
             tile = min(tiles, key=lambda t: shortfall(shape, t) + tiles.index(t))
-            options = (logits, rstd, scaled_out)
+            options = (logits, rstd, out, scaled_sources)
             return Phase1Config(dtype, query, key_weight, hidden_size, num_sources, queries, *options, tile)
     raise ValueError(f"no tile for hidden size {hidden_size}, {num_sources} sources, {num_queries} queries")
 
@@ -397,7 +413,14 @@ def phase1_configs() -> Iterator[tuple[str, Callable[[Any], Any], Phase1Config]]
     yield "phase1_fwd", build, config(4096, 12, 16)
     yield "phase1_fwd", build, config(8192, 8, 16)
     for shape in ((2048, 4, 8), (4096, 8, 16), (2048, 8, 16), (7168, 8, 16), (7168, 8, 24)):
-        yield "phase1_fwd", build, config(*shape, scaled_out=True)
-    given: dict[str, Any] = {"query": "fp32", "logits": True, "rstd": True, "scaled_out": True}
+        yield "phase1_fwd", build, config(*shape, out="fp16_scaled")
+    given: dict[str, Any] = {"query": "fp32", "logits": True, "rstd": True, "out": "fp16_scaled"}
     yield "phase1_fwd", build, config(4096, 16, 32, dtype="fp16", **given)
     yield "phase1_fwd", build, config(2312, 1, 16, key_weight="fp32", **given)
+    for shape in ((2048, 4, 8), (4096, 8, 16), (2048, 8, 16), (7168, 8, 16), (7168, 8, 24)):
+        for out in ("bf16", "fp16_scaled"):
+            yield "phase1_fwd", build, config(*shape, dtype="fp16", out=out, scaled_sources=True)
+    given |= {"dtype": "fp16", "scaled_sources": True}
+    yield "phase1_fwd", build, config(4096, 16, 32, **given)
+    yield "phase1_fwd", build, config(2312, 1, 16, key_weight="fp32", **given)
+    yield "phase1_fwd", build, config(72, 3, 1, key_weight="bf16", **given | {"out": "fp16"})

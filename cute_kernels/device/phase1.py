@@ -52,6 +52,7 @@ from cute_kernels.device.mma import (
     Octet,
     Pair,
     bulk_load,
+    copy_scalar,
     fetch_increment,
     ldmatrix,
     load_shared,
@@ -70,7 +71,7 @@ from cute_kernels.device.mma import (
     unpack,
     zip_pairs,
 )
-from cute_kernels.device.pipelines import EVICT_FIRST, producer_state
+from cute_kernels.device.pipelines import EVICT_FIRST, RowTable, producer_state
 from cute_kernels.device.rounding import ZERO_ORDER, inverse, magnitude_from, order_of, scale_from
 from cute_kernels.device.rows import add, exp_difference, log, reciprocal_root, tree
 
@@ -108,7 +109,15 @@ class Memory:
         peaks_at = ring_bytes + stage_bytes + third_bytes + shape.exchange_bytes(tile)
         # [2 buffers, CTAs of the cluster, warps, peak_bytes], where out is scaled fp16
         self.peaks = self.ring + peaks_at
-        barriers_at = peaks_at + shape.peaks_bytes(tile)
+        # [2 buffers, warps, 32 rows], where sources are scaled fp16
+        self.scales = self.peaks + shape.peaks_bytes(tile)
+        # [warps, octets of output rows, 8]
+        self.units = self.scales + 2 * tile.warps * LANES * 4
+        table_at = peaks_at + shape.peaks_bytes(tile) + shape.scales_bytes(tile)
+        # Of the sources' scales
+        table = cute.recast_ptr(base + table_at, dtype=Int64)
+        self.table = RowTable(cute.make_tensor(table, cute.make_layout((2, config.num_sources))))
+        barriers_at = table_at + shape.table_bytes
         barriers = cute.recast_ptr(base + barriers_at, dtype=Int64)
         # [slots]: the slot's bytes have landed; every warp that reads it is done
         self.full, self.empty = barriers, barriers + tile.slots
@@ -121,7 +130,7 @@ class Memory:
         self.peaks_ready = self.reduced_ready + (4 if tile.direct else 2)
         self.peaks_ready_address = Int32(self.peaks_ready.toint())
         # [places]: the first CTA's producer has drawn an item for this CTA's
-        self.drawn_ready = self.peaks_ready + 2 * config.scaled_out
+        self.drawn_ready = self.peaks_ready + 2 * shape.scaled_out
         self.drawn_ready_address = Int32(self.drawn_ready.toint())
         # [slots]: the item in the slot; [places]: items drawn
         self.items = self.drawn_ready_address + 8 * shape.places(tile)
@@ -138,7 +147,10 @@ class Lane(NamedTuple):
     slab: Int32
     column: Int32  # first column of the warp's slice, in the whole row
     logits_rows: Int32  # address in slot 0 that this lane gives to ldmatrix
-    mix_rows: Int32  # address in slot 0 of this lane's piece of row 2q
+
+    def anew(self) -> "Lane":
+        """The same, for what follows from c and q alone, addresses above all, not to be kept from item to item: it spilled."""
+        return self._replace(c=opaque(self.c), q=opaque(self.q))
 
 
 class Queries(NamedTuple):
@@ -150,7 +162,7 @@ class Queries(NamedTuple):
     """
 
     operands: list[list[tuple[Octet, Octet]]]
-    # per octet of queries: undoes the power of two of fp16 terms
+    # per octet of queries: undoes the power of two of fp16 terms, where a query is not the stored one
     unscale: list[Float32]
     # addresses that this lane gives to ldmatrix for third terms: of an odd first octet, of the first pair after it
     third_octet: Int32
@@ -161,7 +173,9 @@ class Phase1Kernel:
     def __init__(self, config: Phase1Config):
         self.config, self.shape, self.tile = config, config.shape, config.tile
         self.dtype = TYPES[config.dtype]
-        self.out_dtype = Float16 if config.scaled_out else self.dtype
+        self.out_dtype = Float16 if self.shape.scaled_out else TYPES[config.out]
+        # Whether queries are read as they are
+        self.plain_queries = config.key_weight is None and config.query == config.dtype
         self.warp_columns = self.tile.blocks * BLOCK
         self.slab_warps = self.tile.warps // self.tile.slabs
         # Whether the last columns of the last warps lie beyond the row's end
@@ -177,7 +191,7 @@ class Phase1Kernel:
     @cute.jit
     def __call__(
         self,
-        sources: list,  # N addresses of [T, D]
+        sources: list,  # N addresses of [T, D]; then of scales [T], where there are any
         strides: list,  # elements from one token to the next
         queries: Int64,  # [S, D]
         query_stride: Int64,
@@ -238,6 +252,7 @@ class Phase1Kernel:
 
         if thread == 0:
             self.init_barriers(memory)
+            self.fill_table(memory, sources, strides)
         if const_expr(self.ragged or self.vacant_rows):
             self.clear(memory, thread)
         cute.arch.mbarrier_init_fence()
@@ -275,10 +290,15 @@ class Phase1Kernel:
         for buffer in range(self.buffers):
             # Over a cluster, shares arrive as bytes; the one arrival announces how many.
             cute.arch.mbarrier_init(memory.reduced_ready + buffer, tile.warps * LANES if tile.cluster == 1 else 1)
-        for buffer in range(2 if self.config.scaled_out else 0):
+        for buffer in range(2 if self.shape.scaled_out else 0):
             cute.arch.mbarrier_init(memory.peaks_ready + buffer, tile.warps * LANES if tile.cluster == 1 else 1)
         for place in range(self.shape.places(tile)):
             cute.arch.mbarrier_init(memory.drawn_ready + place, 1)
+
+    def fill_table(self, memory: Memory, sources: list, strides: list) -> None:
+        if self.config.scaled_sources:
+            count = self.config.num_sources
+            memory.table.fill(sources[count:], strides[count:], 4)
 
     @cute.jit
     def clear(self, memory: Memory, thread: Int32):
@@ -373,8 +393,6 @@ class Phase1Kernel:
         shape, tile = self.shape, self.tile
         c, q = lane // 4, lane % 4
         slab = warp // self.slab_warps
-        in_slab = (warp - slab * self.slab_warps) * (self.warp_columns * ITEM)
-        rows = memory.ring + in_slab
         return Lane(
             warp=warp,
             lane=lane,
@@ -383,9 +401,12 @@ class Phase1Kernel:
             slab=slab,
             column=work.rank * shape.cta_columns(tile) + warp * self.warp_columns,
             # Matrix m of ldmatrix is columns 8m to 8m + 7 of the eight rows.
-            logits_rows=rows + (lane % 8) * shape.row_bytes(tile) + (lane // 8) * 16,
-            mix_rows=rows + q * 2 * shape.row_bytes(tile) + c * 16,
+            logits_rows=self.rows(memory, warp) + (lane % 8) * shape.row_bytes(tile) + (lane // 8) * 16,
         )
+
+    def rows(self, memory: Memory, warp: Int32) -> Int32:
+        """Address in slot 0 of the warp's columns."""
+        return memory.ring + warp % self.slab_warps * (self.warp_columns * ITEM)
 
     @cute.jit
     def consume(self, memory, work, warp, thread_lane, queries, outputs, eps: Float32, scale: Float32):
@@ -396,7 +417,11 @@ class Phase1Kernel:
             lane = self.place(memory, work, warp, opaque(thread_lane))
             item = self.item(memory, lane, turn)
             going = item < work.items
-            if const_expr(self.config.scaled_out):
+            if const_expr(self.config.scaled_sources):
+                if going:
+                    self.fetch_scales(memory, work, lane, turn, item)
+                cute.arch.cp_async_commit_group()
+            if const_expr(self.shape.scaled_out):
                 # As below, but that the peaks of item k travel while the logits of item k + 1 are made.
                 weights = self.no_weights()
                 if turn > 0:
@@ -429,6 +454,24 @@ class Phase1Kernel:
 
     def no_weights(self) -> list[list[tuple[Pair, Pair]]]:
         return [[(Int32(0), Int32(0))] * self.shape.groups for _ in range(self.shape.octets)]
+
+    def fetch_scales(self, memory: Memory, work: Queue, lane: Lane, turn: Int32, item: Int32) -> None:
+        """Starts copying the scales of an item's rows, for this warp: lane r that of row r, or any where there is none."""
+        shape = self.shape
+        row, token = lane.lane, item * shape.tokens
+        if shape.tokens > 1:
+            token = cutlass.min(token + row % OCTET // shape.rows_per_token, work.tokens - 1)
+            row = row % shape.rows_per_token
+        source = cutlass.min(row, shape.num_sources - 1)
+        entries = memory.table.s_entries
+        copy_scalar(self.scales(memory, lane, turn) + lane.lane * 4, entries[0, source] + token * entries[1, source])
+
+    def scales(self, memory: Memory, lane: Lane, turn: Int32) -> Int32:
+        """This warp's buffer for an item."""
+        return memory.scales + (turn % 2 * self.tile.warps + lane.warp) * (LANES * 4)
+
+    def units(self, memory: Memory, lane: Lane) -> Int32:
+        return memory.units + lane.warp * (self.shape.out_octets * OCTET * 4)
 
     def slot(self, lane: Lane, turn: Int32, group: int) -> tuple[Int32, Int32]:
         """(slot, parity of its full barrier) of this warp's slab of a group.
@@ -565,30 +608,73 @@ class Phase1Kernel:
     ) -> list[list[tuple[Pair, Pair]]]:
         """Weights of an item as mma operands [octet of queries][group] (high, low); every warp computes them all.
 
+        Where sources are scaled fp16, a row's weight is its share times its scale, divided by a power of two of the query
+        and token, the *unit*, so that the largest one fills fp16.
+
         Lane (c, q) holds query c of each octet and the item's columns 2q and 2q + 1: the layout of products and of
         operand A alike.
         """
         shape = self.shape
+        lane = lane.anew()
         buffer = turn % self.buffers
         cute.arch.mbarrier_wait(memory.reduced_ready + buffer, (turn // self.buffers) & 1)
         totals = memory.reduced + buffer * (self.shares * shape.partial_bytes)
         at = [group * (shape.octets * 256 + 32) for group in range(shape.groups)]
-        rstd = []
+        if shape.scaled_sources:
+            cute.arch.cp_async_wait_group(1)
+            cute.arch.sync_warp()
+        scales = self.row_scales(memory, lane, turn)
+        # keys: what makes logits of products
+        rstd, keys = [], []
         for group in range(shape.groups):
             squares = self.total(totals + lane.q * 8, at[group] + shape.octets * 256)
-            rstd.append([reciprocal_root(square * Float32(1.0 / shape.hidden_size) + eps) for square in squares])
+            means = [square * Float32(1.0 / shape.hidden_size) for square in squares]
+            if scales is None:
+                rstd.append([reciprocal_root(mean + eps) for mean in means])
+                keys.append(rstd[-1])
+            else:
+                found = [self.scaled_rstd(*pair, eps) for pair in zip(means, scales[group], strict=True)]
+                rstd.append([r for r, _ in found])
+                keys.append([key for _, key in found])
+        if self.config.rstd:
+            self.store_rstd(work, lane, outputs, item, rstd)
         weights = []
         for octet in range(shape.octets):
             logits = []
             for group in range(shape.groups):
                 products = self.total(totals + lane.lane * 8, at[group] + octet * 256)
-                logits.append([scale * (r * product) for r, product in zip(rstd[group], products, strict=True)])
-            r_weights, r_lse = self.normalise(lane, logits)
+                logits.append([scale * (key * product) for key, product in zip(keys[group], products, strict=True)])
+            # Read again: few registers are left for those of 32 sources.
+            r_weights, r_lse, units = self.normalise(lane, logits, self.row_scales(memory, lane, turn))
             weights.append([split_pack(self.dtype, *pair) for pair in r_weights])
+            if units:
+                self.keep_units(memory, lane, octet, units)
             self.store_statistics(work, lane, outputs, item, octet, logits, r_lse)
-        if self.config.rstd:
-            self.store_rstd(work, lane, outputs, item, rstd)
         return weights
+
+    def keep_units(self, memory: Memory, lane: Lane, octet: int, units: list[Float32]) -> None:
+        """For row_units, by the first lane of each token: registers would be held while the next item's logits are made."""
+        shape = self.shape
+        per_token = shape.rows_per_token
+        token = lane.q * 2 // per_token
+        first = lane.q % max(per_token // 2, 1) == 0
+        address = self.units(memory, lane) + (token * shape.octets * OCTET + lane.c) * 4
+        for e in range(2 if per_token == 1 else 1):
+            store_shared(address, (e * shape.octets + octet) * OCTET * 4, [units[e]], first)
+        cute.arch.sync_warp()
+
+    def row_scales(self, memory: Memory, lane: Lane, turn: Int32) -> list[list[Float32]] | None:
+        """[group][2], of the lane's columns."""
+        if not self.config.scaled_sources:
+            return None
+        own = self.scales(memory, lane, turn) + lane.q * 8
+        return [load_shared(Float32, own, group * OCTET * 4, 2) for group in range(self.shape.groups)]
+
+    def scaled_rstd(self, mean: Float32, scale: Float32, eps: Float32) -> tuple[Float32, Float32]:
+        """(rstd, rstd * scale) of a row from the mean square of its values as stored; a scale above one divides eps."""
+        low, down = cute.arch.fmin(scale, Float32(1.0)), inverse(cute.arch.fmax(scale, Float32(1.0)))
+        root = reciprocal_root(mean * low * low + eps * down * down)
+        return root * down, root * low
 
     def total(self, address: Int32, offset: int) -> list[Float32]:
         """Two numbers summed over their shares."""
@@ -605,8 +691,10 @@ class Phase1Kernel:
         per_token = self.shape.rows_per_token
         return [e for e in range(2) if group * OCTET + e % per_token < self.config.num_sources]
 
-    def normalise(self, lane: Lane, logits: list[list[Float32]]) -> tuple[list[list[Float32]], list[Float32]]:
-        """(weights [group][2], lse [2]) of one query per lane; the two columns belong to one token unless N is 1."""
+    def normalise(self, lane: Lane, logits: list, scales: list | None) -> tuple[list, list[Float32], list]:
+        """(weights [group][2], lse [2], units [2] if scaled) of one query per lane; the two columns belong to one token
+        unless N is 1.
+        """
         shape = self.shape
         if self.vacant_rows:
             absent = Float32(-math.inf)
@@ -628,9 +716,15 @@ class Phase1Kernel:
         highest = over_sources(cute.arch.fmax, logits)
         powers = [[exp_difference(pair[e], highest[e]) for e in range(2)] for pair in logits]
         denominator = over_sources(add, powers)
-        inverse = [cute.arch.rcp_approx(value) for value in denominator]
-        weights = [[pair[e] * inverse[e] for e in range(2)] for pair in powers]
-        return weights, [highest[e] + log(denominator[e]) for e in range(2)]
+        factors = [cute.arch.rcp_approx(value) for value in denominator]
+        units = []
+        if scales is not None:
+            powers = [[p * s for p, s in zip(*pairs, strict=True)] for pairs in zip(powers, scales, strict=True)]
+            found = [power_of_two_scale(peak) for peak in over_sources(cute.arch.fmax, powers)]
+            units = [unit for _, unit in found]
+            powers = [[pair[e] * found[e][0] for e in range(2)] for pair in powers]
+        weights = [[pair[e] * factors[e] for e in range(2)] for pair in powers]
+        return weights, [highest[e] + log(denominator[e]) for e in range(2)], units
 
     def store_statistics(self, work, lane, outputs, item: Int32, octet: int, logits: list, r_lse: list) -> None:
         """lse, and logits if wanted, of one octet of queries: by the first CTA, the octets by different warps.
@@ -681,14 +775,16 @@ class Phase1Kernel:
     def mix(self, memory, work: Queue, lane: Lane, outputs: Phase1Outputs, turn: Int32, item: Int32, weights) -> None:
         """Output rows of an item, over the warp's columns, two octets (token, octet of queries) of them at a time."""
         shape, tile = self.shape, self.tile
+        lane = lane.anew()
         rows = self.item_rows(memory, lane, turn)
-        if self.config.scaled_out:
+        if shape.scaled_out:
             cute.arch.mbarrier_wait(memory.peaks_ready + turn % 2, (turn >> 1) & 1)
         stage = memory.stage + lane.warp * shape.stage_bytes(tile)
         for place, both in enumerate(self.output_pairs()):
             operands = [self.weight_operand(lane, weights, both, group) for group in range(shape.groups)]
-            store = RowStore(self, work, lane, outputs, item, both)
-            if self.config.scaled_out:
+            units = self.row_units(memory, lane, 2 * place, len(both))
+            store = RowStore(self, work, lane, outputs, item, both, units)
+            if shape.scaled_out:
                 store.scale(self.item_peaks(memory, lane, turn, 2 * place, len(both)))
             for first in range(0, tile.blocks, tile.segment):
                 segment = range(first, min(first + tile.segment, tile.blocks))
@@ -699,8 +795,17 @@ class Phase1Kernel:
 
     def item_rows(self, memory: Memory, lane: Lane, turn: Int32) -> list[Int32]:
         """This lane's piece of an item's rows 2q, for each group of sources."""
-        slots = [self.slot(lane, turn, group)[0] for group in range(self.shape.groups)]
-        return [lane.mix_rows + slot * self.shape.slot_bytes(self.tile) for slot in slots]
+        shape, tile = self.shape, self.tile
+        slots = [self.slot(lane, turn, group)[0] for group in range(shape.groups)]
+        rows = self.rows(memory, lane.warp) + lane.q * 2 * shape.row_bytes(tile) + lane.c * 16
+        return [rows + slot * shape.slot_bytes(tile) for slot in slots]
+
+    def row_units(self, memory: Memory, lane: Lane, first: int, count: int) -> list[Float32 | None]:
+        """The units of row c of some octets of output rows; None: one."""
+        if not self.config.scaled_sources:
+            return [None] * count
+        own = self.units(memory, lane) + lane.c * 4
+        return [load_shared(Float32, own, octet * OCTET * 4, 1)[0] for octet in range(first, first + count)]
 
     def send_peaks(self, memory: Memory, work: Queue, lane: Lane, turn: Int32, weights: list) -> None:
         """The largest magnitudes of an item's output rows, over the warp's columns, to every CTA: the mixes made once before.
@@ -709,6 +814,7 @@ class Phase1Kernel:
         their reads of k.
         """
         shape, tile = self.shape, self.tile
+        lane = lane.anew()
         rows, buffer = self.item_rows(memory, lane, turn), turn % 2
         if tile.cluster > 1:
             announce(lane, memory.peaks_ready + buffer, tile.warps * tile.cluster * shape.peak_bytes)
@@ -867,13 +973,15 @@ class Phase1Kernel:
         third = memory.third + lane.warp * shape.third_bytes(tile)
         terms: list[list[list[Octet]]] = [[[] for _ in range(self.warp_columns // K_STEP)] for _ in range(2)]
         scales: list[tuple[Float32, Float32]] = []
-        if shape.terms > 1 and self.dtype is Float16:
+        if not self.plain_queries and self.dtype is Float16:
             scales = [power_of_two_scale(reader.peak(octet)) for octet in range(shape.octets)]
-        pieces = [(octet, first) for octet in range(shape.octets) for first in range(0, tile.blocks, tile.segment)]
+        # Half a store's columns at a time where a vector takes 16 registers: fp32 queries with fp32 weights spilled.
+        segment = tile.segment if reader.vector_words <= VECTOR else -(-tile.segment // 2)
+        pieces = [(octet, first) for octet in range(shape.octets) for first in range(0, tile.blocks, segment)]
 
         def load(octet: int, first: int) -> list[tuple[Int32, Int32, list]]:
             """(row, column, what is there) of this lane's vectors."""
-            per_row = min(tile.segment, tile.blocks - first) * BLOCK // VECTOR
+            per_row = min(segment, tile.blocks - first) * BLOCK // VECTOR
             places = [
                 ((index + lane.lane) // per_row, (index + lane.lane) % per_row)
                 for index in range(0, OCTET * per_row, LANES)
@@ -888,7 +996,7 @@ class Phase1Kernel:
             parts = []
             for row, column, given in loaded.pop(0):
                 values = given
-                if shape.terms > 1:
+                if not self.plain_queries:
                     product = reader.product(given)
                     if scales:
                         of_row = cute.arch.shuffle_sync(scales[octet][0], row * 4)
@@ -901,7 +1009,7 @@ class Phase1Kernel:
                 for address, values in parts:
                     store_shared(address, 0, values[term])
                 cute.arch.sync_warp()
-                for half_block in range(2 * min(tile.segment, tile.blocks - first)):
+                for half_block in range(2 * min(segment, tile.blocks - first)):
                     rows = stage + (lane.lane % 8) * stage_row + (lane.lane // 8) * 16
                     four = ldmatrix(rows, half_block * 2 * K_STEP * ITEM)
                     step = first * (BLOCK // K_STEP) + half_block * 2
@@ -926,17 +1034,27 @@ class Phase1Kernel:
 class RowStore:
     """How two octets of output rows, (token, octet of queries) each, are rounded."""
 
-    def __init__(self, kernel: Phase1Kernel, work: Queue, lane: Lane, outputs: Phase1Outputs, item: Int32, both: list):
+    def __init__(
+        self,
+        kernel: Phase1Kernel,
+        work: Queue,
+        lane: Lane,
+        outputs: Phase1Outputs,
+        item: Int32,
+        both: list,
+        units: list[Float32 | None],
+    ):
         self.kernel, self.config, self.work, self.lane, self.outputs = kernel, kernel.config, work, lane, outputs
-        self.both, self.down = both, [None] * len(both)
+        self.both, self.factors = both, units
         self.first = item * kernel.shape.tokens
 
     def scale(self, peaks: list[Int32]) -> None:
         """Scaled fp16: rows are divided by their scales, which one warp stores."""
         for octet, peak in enumerate(peaks):
             token, queries = self.both[octet]
-            scale = scale_from(magnitude_from(peak))
-            self.down[octet] = inverse(scale)
+            unit, magnitude = self.factors[octet], magnitude_from(peak)
+            scale = scale_from(magnitude if unit is None else magnitude * unit)
+            self.factors[octet] = inverse(scale) if unit is None else inverse(scale) * unit
             chosen = (self.work.rank == 0) & (self.lane.warp == queries % self.kernel.tile.warps) & (self.lane.q == 0)
             chosen = chosen & (queries * OCTET + self.lane.c < self.config.num_queries)
             chosen = chosen & (self.first + token < self.work.tokens)
@@ -945,9 +1063,9 @@ class RowStore:
 
     def round(self, values: list[Float32], octet: int) -> list[Pair]:
         """Columns of row c, as stored."""
-        dtype, down = self.kernel.out_dtype, self.down[octet]
-        if down is not None:
-            values = [value * down for value in values]
+        dtype, factor = self.kernel.out_dtype, self.factors[octet]
+        if factor is not None:
+            values = [value * factor for value in values]
         return [pack(dtype, first, second) for first, second in zip(values[::2], values[1::2], strict=True)]
 
 
@@ -1001,6 +1119,11 @@ class QueryReader:
         self.tensors = [(TYPES[self.config.query], queries, query_stride)]
         if self.config.key_weight is not None:
             self.tensors.append((TYPES[self.config.key_weight], key_weights, weight_stride))
+
+    @property
+    def vector_words(self) -> int:
+        """Of what `load` loads."""
+        return sum(VECTOR * kind.width // 32 for kind, _, _ in self.tensors)
 
     def load(self, query: Int32 | int, column: Int32) -> list[list[Numeric]]:
         """The 16 or 32 bytes of the query, and of its key weight if there is one."""
