@@ -24,6 +24,7 @@ MAX_WARPS = 8
 # Of a consumer's 232 to 255 registers, what query fragments may take; the rest holds accumulators, weights and
 # addresses.
 QUERY_REGISTERS = 128
+WEIGHT_REGISTERS = 24  # beside as many query fragments; 32 queries over 32 sources have 32, and spilled
 MAX_WAITING = 3  # octets of queries times groups of sources with scaled output
 RUN_BYTES = 512  # of a row that is stored at a time, where there is room: one instruction of a warp
 # A ring holds three or four tokens (measured on an H200: more did not help), and at least this much, which hides the
@@ -75,7 +76,9 @@ class Phase1Tile:
     cluster: int
     warps: int
     blocks: int
-    slabs: int  # a slot of the ring holds the rows' columns of warps / slabs warps
+    # A slot of the ring holds up to 8 of an item's rows, those of one group of sources, over the columns of warps / slabs
+    # warps.
+    slabs: int
     slots: int
     segment: int  # blocks that are staged at a time
     # How sums cross warps. False: each warp adds up one share of them and sends it to every CTA. True: each warp sends
@@ -184,18 +187,30 @@ class Shape:
         """A slot's row. With 16 bytes more than the columns have, eight rows start in different banks."""
         return self.cta_columns(tile) // tile.slabs * ITEM_BYTES + 16
 
-    def slot_bytes(self, tile: Phase1Tile) -> int:
-        return OCTET * self.row_bytes(tile)
+    def slot_rows(self, group: int) -> int:
+        """Those that an item has of a group of sources: 8 but where sources are too few, and in the last of several."""
+        return self.tokens * min(self.num_sources - group * OCTET, OCTET)
+
+    @property
+    def even_slots(self) -> bool:
+        """Whether all slots are of one size."""
+        return self.slot_rows(0) == self.slot_rows(self.groups - 1)
+
+    def item_bytes(self, tile: Phase1Tile) -> int:
+        return self.tokens * self.num_sources * tile.slabs * self.row_bytes(tile)
+
+    def ring_bytes(self, tile: Phase1Tile) -> int:
+        return tile.slots * self.item_bytes(tile) // self.slots_per_item(tile)
 
     def slots_per_item(self, tile: Phase1Tile) -> int:
         return self.groups * tile.slabs
 
     def fixed_places(self, tile: Phase1Tile) -> bool:
-        """Whether each slot must hold the same part of every item, so that what no copy writes stays zero there: when
-        parts differ in their columns (the last slab of a row that ends early) or rows (the last group).
+        """Whether each slot must hold the same part of every item: when parts differ in their rows (the last group), or in
+        their columns (the last slab of a row that ends early), so that what no copy writes stays zero there.
         """
         ragged = tile.cluster * self.cta_columns(tile) != self.hidden_size
-        return (ragged and tile.slabs > 1) or (self.groups > 1 and self.num_sources % OCTET != 0)
+        return (ragged and tile.slabs > 1) or not self.even_slots
 
     def stage_row_bytes(self, tile: Phase1Tile) -> int:
         return tile.segment * BLOCK * ITEM_BYTES + 16
@@ -252,7 +267,7 @@ class Shape:
         )
 
     def shared_bytes(self, tile: Phase1Tile) -> int:
-        return self.fixed_bytes(tile) + tile.slots * self.slot_bytes(tile)
+        return self.fixed_bytes(tile) + self.ring_bytes(tile)
 
 
 MAX_SLOTS = 32
@@ -333,7 +348,8 @@ def _tile(shape: Shape, cluster: int) -> Phase1Tile | None:
 
 def _ring(shape: Shape, cluster: int, warps: int, blocks: int) -> Phase1Tile | None:
     """The best ring, stores and exchange for these warps, or None when queries or rows do not fit."""
-    if shape.operand_octets * blocks * BLOCK // 8 > QUERY_REGISTERS:
+    queries, weights = shape.operand_octets * blocks * BLOCK // 8, 2 * shape.octets * shape.groups
+    if queries > QUERY_REGISTERS or queries + weights > QUERY_REGISTERS + WEIGHT_REGISTERS:
         return None
     run = min(RUN_BYTES // (BLOCK * ITEM_BYTES), blocks)
     halves = 2 if warps % 2 == 0 else 1
@@ -354,10 +370,10 @@ def _ring(shape: Shape, cluster: int, warps: int, blocks: int) -> Phase1Tile | N
     fitting = []
     for slabs, tokens, segment, exchange in choices:
         tile = Phase1Tile(cluster, warps, blocks, slabs, 0, segment, exchange)
-        fit = (SHARED_BYTES - SCRATCH_BYTES - shape.fixed_bytes(tile)) // shape.slot_bytes(tile)
-        per_item = shape.slots_per_item(tile)
+        per_item, item_bytes = shape.slots_per_item(tile), shape.item_bytes(tile)
+        fit = (SHARED_BYTES - SCRATCH_BYTES - shape.fixed_bytes(tile)) * per_item // item_bytes
         # Over a cluster, the fourth token was no gain
-        wanted = max((4 if cluster == 1 else 3) * per_item, ceil_div(RING_BYTES, shape.slot_bytes(tile)))
+        wanted = max((4 if cluster == 1 else 3) * per_item, ceil_div(RING_BYTES * per_item, item_bytes))
         slots = min(fit, wanted, MAX_SLOTS)
         if shape.fixed_places(tile):
             slots -= slots % per_item

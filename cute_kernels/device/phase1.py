@@ -92,11 +92,11 @@ class Memory:
 
     def __init__(self, config: Phase1Config, base: cute.Pointer):
         shape, tile = config.shape, config.tile
-        ring_bytes = tile.slots * shape.slot_bytes(tile)
+        ring_bytes = shape.ring_bytes(tile)
         stage_bytes = tile.warps * shape.stage_bytes(tile)
         third_bytes = tile.warps * shape.third_bytes(tile)
         partial_bytes = 0 if tile.direct else 2 * tile.warps * shape.partial_bytes
-        # [slots, 8 rows, row_bytes]
+        # [slots, slot_rows, row_bytes]
         self.ring = Int32(base.toint())
         # [warps, 8 or 16 rows, stage_row_bytes]
         self.stage = self.ring + ring_bytes
@@ -146,7 +146,6 @@ class Lane(NamedTuple):
     q: Int32
     slab: Int32
     column: Int32  # first column of the warp's slice, in the whole row
-    logits_rows: Int32  # address in slot 0 that this lane gives to ldmatrix
 
     def anew(self) -> "Lane":
         """The same, for what follows from c and q alone, addresses above all, not to be kept from item to item: it spilled."""
@@ -253,7 +252,7 @@ class Phase1Kernel:
         if thread == 0:
             self.init_barriers(memory)
             self.fill_table(memory, sources, strides)
-        if const_expr(self.ragged or self.vacant_rows):
+        if const_expr(self.ragged):
             self.clear(memory, thread)
         cute.arch.mbarrier_init_fence()
         sync_cluster(tile.cluster)
@@ -303,7 +302,7 @@ class Phase1Kernel:
     @cute.jit
     def clear(self, memory: Memory, thread: Int32):
         """Zeros where no copy writes: they enter the products, and what shared memory holds at first may be a NaN."""
-        end = self.tile.slots * self.shape.slot_bytes(self.tile)
+        end = self.shape.ring_bytes(self.tile)
         zero = Int32(0)
         for offset in cutlass.range(thread * 16, end, self.config.threads * 16, unroll=1):
             store_shared(memory.ring + offset, 0, [zero, zero, zero, zero])
@@ -323,7 +322,8 @@ class Phase1Kernel:
             for group in cutlass.range_constexpr(self.shape.groups):
                 for slab in cutlass.range(self.tile.slabs, unroll=1):
                     self.acquire(memory, state, item)
-                    self.fill(memory, work, state, self.group_rows(group, token, work), slab, sources, strides)
+                    slot = self.slot_address(memory, state.index, group, slab)
+                    self.fill(memory, work, state, slot, self.group_rows(group, token, work), slab, sources, strides)
                     state.advance()
             item = self.next_item(memory, work, counter, turn, drawn)
             turn += 1
@@ -367,12 +367,30 @@ class Phase1Kernel:
             return [(source % OCTET, source, token) for source in present]
         last = work.tokens - 1
         return [
-            (k * shape.rows_per_token + source, source, cutlass.min(token + k, last))
+            (k * shape.num_sources + source, source, cutlass.min(token + k, last))
             for k in range(shape.tokens)
             for source in present
         ]
 
-    def fill(self, memory: Memory, work: Queue, state, rows: list, slab: Int32, sources: list, strides: list) -> None:
+    def slot_address(self, memory: Memory, index: Int32, group: int, slab: Int32) -> Int32:
+        shape, tile = self.shape, self.tile
+        row_bytes = shape.row_bytes(tile)
+        if shape.even_slots:
+            return memory.ring + index * (shape.slot_rows(0) * row_bytes)
+        item = index // shape.slots_per_item(tile) * shape.item_bytes(tile)
+        return memory.ring + item + (group * OCTET * tile.slabs + slab * shape.slot_rows(group)) * row_bytes
+
+    def slot_row(self, group: int, row: Int32) -> Int32:
+        """Where a slot has the row that is in column `row` of an mma; another one where there is none, of weight zero."""
+        shape = self.shape
+        if not self.vacant_rows:
+            return row
+        if shape.tokens == 1:
+            return cutlass.min(row, shape.slot_rows(group) - 1)
+        source = cutlass.min(row % shape.rows_per_token, shape.num_sources - 1)
+        return row // shape.rows_per_token * shape.num_sources + source
+
+    def fill(self, memory, work: Queue, state, slot: Int32, rows: list, slab: Int32, sources, strides) -> None:
         shape, tile = self.shape, self.tile
         slab_columns = self.slab_warps * self.warp_columns
         column = work.rank * shape.cta_columns(tile) + slab * slab_columns
@@ -381,7 +399,6 @@ class Phase1Kernel:
             size = cutlass.max(cutlass.min(size, (self.config.hidden_size - column) * ITEM), 0)
             some = size > 0
         cute.arch.mbarrier_arrive_and_expect_tx(memory.full + state.index, size * len(rows))
-        slot = memory.ring + state.index * shape.slot_bytes(tile)
         barrier = Int32((memory.full + state.index).toint())
         for row, source, token in rows:
             address = sources[source] + (Int64(token) * strides[source] + column) * ITEM
@@ -400,13 +417,13 @@ class Phase1Kernel:
             q=q,
             slab=slab,
             column=work.rank * shape.cta_columns(tile) + warp * self.warp_columns,
-            # Matrix m of ldmatrix is columns 8m to 8m + 7 of the eight rows.
-            logits_rows=self.rows(memory, warp) + (lane % 8) * shape.row_bytes(tile) + (lane // 8) * 16,
         )
 
-    def rows(self, memory: Memory, warp: Int32) -> Int32:
-        """Address in slot 0 of the warp's columns."""
-        return memory.ring + warp % self.slab_warps * (self.warp_columns * ITEM)
+    def row_address(self, memory: Memory, lane: Lane, index: Int32, group: int, row: Int32) -> Int32:
+        """Of the warp's columns of the row that is in column `row` of an mma."""
+        slot = self.slot_address(memory, index, group, lane.slab)
+        in_slab = lane.warp % self.slab_warps * (self.warp_columns * ITEM)
+        return slot + in_slab + self.slot_row(group, row) * self.shape.row_bytes(self.tile)
 
     @cute.jit
     def consume(self, memory, work, warp, thread_lane, queries, outputs, eps: Float32, scale: Float32):
@@ -499,7 +516,9 @@ class Phase1Kernel:
         for group in range(shape.groups):
             slot, parity = self.slot(lane, turn, group)
             cute.arch.mbarrier_wait(memory.full + slot, parity)
-            products, squares = self.products(lane.logits_rows + slot * shape.slot_bytes(tile), queries)
+            # Matrix m of ldmatrix is columns 8m to 8m + 7 of the eight rows.
+            rows = self.row_address(memory, lane, slot, group, lane.lane % 8) + lane.lane // 8 * 16
+            products, squares = self.products(rows, queries)
             at = group * (shape.octets * 256 + 32)
             for octet, pair in enumerate(products):
                 self.send(memory, buffer, share + (lane.lane * 8 + at + octet * 256), pair, None)
@@ -793,12 +812,15 @@ class Phase1Kernel:
                 self.store_rows(work, lane, outputs, item, both, segment, stage)
                 cute.arch.sync_warp()
 
-    def item_rows(self, memory: Memory, lane: Lane, turn: Int32) -> list[Int32]:
-        """This lane's piece of an item's rows 2q, for each group of sources."""
-        shape, tile = self.shape, self.tile
-        slots = [self.slot(lane, turn, group)[0] for group in range(shape.groups)]
-        rows = self.rows(memory, lane.warp) + lane.q * 2 * shape.row_bytes(tile) + lane.c * 16
-        return [rows + slot * shape.slot_bytes(tile) for slot in slots]
+    def item_rows(self, memory: Memory, lane: Lane, turn: Int32) -> list[list[Int32]]:
+        """This lane's pieces of an item's rows 2q and 2q + 1, for each group of sources."""
+        return [
+            [
+                self.row_address(memory, lane, self.slot(lane, turn, group)[0], group, lane.q * 2 + e) + lane.c * 16
+                for e in range(2)
+            ]
+            for group in range(self.shape.groups)
+        ]
 
     def row_units(self, memory: Memory, lane: Lane, first: int, count: int) -> list[Float32 | None]:
         """The units of row c of some octets of output rows; None: one."""
@@ -877,13 +899,13 @@ class Phase1Kernel:
         operand [8 rows x 8], so mma e makes columns e, 8 + e, ..., 56 + e of the block, and the lane's results for all
         e are 16 neighbouring columns.
         """
-        shape, row_bytes = self.shape, self.shape.row_bytes(self.tile)
+        shape = self.shape
         steps = [(block, group) for block in blocks for group in range(shape.groups)]
 
         def load(block: int, group: int) -> tuple[list[Pair], list[Pair]]:
             offset = block * BLOCK * ITEM
-            even = load_shared(Int32, rows[group], offset, 4)
-            return even, load_shared(Int32, rows[group], offset + row_bytes, 4)
+            even, odd = (load_shared(Int32, row, offset, 4) for row in rows[group])
+            return even, odd
 
         loaded = [load(*step) for step in steps[: self.ahead]]
         sums: list[list[Float32] | None] = []
