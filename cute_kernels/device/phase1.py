@@ -91,6 +91,7 @@ class Memory:
     """Byte addresses in shared memory, and the mbarriers."""
 
     def __init__(self, config: Phase1Config, base: cute.Pointer):
+        self.base = base
         shape, tile = config.shape, config.tile
         ring_bytes = shape.ring_bytes(tile)
         stage_bytes = tile.warps * shape.stage_bytes(tile)
@@ -265,18 +266,24 @@ class Phase1Kernel:
             if warp == tile.warps:
                 with cute.arch.elect_one():
                     work = cluster_queue(tile.cluster, tokens, self.shape.tokens)
-                    self.produce(memory, work, counter, sources, strides)
+                    self.produce(self.anew(memory), work, counter, sources, strides)
                 cute.arch.sync_warp()
         else:
             if const_expr(self.config.producer_warps > 1):
                 cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
             work = cluster_queue(tile.cluster, tokens, self.shape.tokens)
-            lane = self.place(memory, work, warp, thread % LANES)
-            given = self.load_queries(memory, lane, queries, query_stride, key_weights, key_weight_stride)
-            self.consume(memory, work, warp, lane.lane, given, outputs, eps, scale)
+            lane, own = self.place(memory, work, warp, thread % LANES), self.anew(memory)
+            given = self.load_queries(own, lane, queries, query_stride, key_weights, key_weight_stride)
+            self.consume(own, work, warp, lane.lane, given, outputs, eps, scale)
         if const_expr(tile.cluster > 1):
             # No CTA may leave while another can still write to its shared memory.
             sync_cluster(tile.cluster)
+
+    def anew(self, memory: Memory) -> Memory:
+        """The same, for one role: addresses made before the roles part spilled."""
+        address = opaque(Int32(memory.base.toint()))
+        base = cute.make_ptr(memory.base.dtype, address, cute.AddressSpace.smem, assumed_align=1024)
+        return Memory(self.config, base)
 
     def init_barriers(self, memory: Memory) -> None:
         tile = self.tile
