@@ -327,14 +327,14 @@ class Phase1Kernel:
             drawn = fetch_increment(counter, work.rank == 0)
             token = item * self.shape.tokens
             for group in cutlass.range_constexpr(self.shape.groups):
-                for slab in cutlass.range(self.tile.slabs, unroll=1):
+                for slab in cutlass.range_constexpr(self.tile.slabs):
                     self.acquire(memory, state, item)
                     slot = self.slot_address(memory, state.index, group, slab)
                     self.fill(memory, work, state, slot, self.group_rows(group, token, work), slab, sources, strides)
                     state.advance()
             item = self.next_item(memory, work, counter, turn, drawn)
             turn += 1
-        for _ in cutlass.range(self.tile.slabs, unroll=1):
+        for _ in cutlass.range_constexpr(self.tile.slabs):
             self.acquire(memory, state, item)
             cute.arch.mbarrier_arrive(memory.full + state.index)
             state.advance()
@@ -662,6 +662,10 @@ class Phase1Kernel:
                 found = [self.scaled_rstd(*pair, eps) for pair in zip(means, scales[group], strict=True)]
                 rstd.append([r for r, _ in found])
                 keys.append([key for _, key in found])
+                # A row of zeros has a scale of one, beside which others may be nothing.
+                scales[group] = [
+                    select(mean > 0.0, s, Float32(0.0)) for mean, s in zip(means, scales[group], strict=True)
+                ]
         if self.config.rstd:
             self.store_rstd(work, lane, outputs, item, rstd)
         weights = []
@@ -670,8 +674,7 @@ class Phase1Kernel:
             for group in range(shape.groups):
                 products = self.total(totals + lane.lane * 8, at[group] + octet * 256)
                 logits.append([scale * (key * product) for key, product in zip(keys[group], products, strict=True)])
-            # Read again: few registers are left for those of 32 sources.
-            r_weights, r_lse, units = self.normalise(lane, logits, self.row_scales(memory, lane, turn))
+            r_weights, r_lse, units = self.normalise(lane, logits, scales)
             weights.append([split_pack(self.dtype, *pair) for pair in r_weights])
             if units:
                 self.keep_units(memory, lane, octet, units)
