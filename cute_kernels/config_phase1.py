@@ -24,8 +24,7 @@ MAX_WARPS = 8
 # Of a consumer's 232 to 255 registers, what query fragments may take; the rest holds accumulators, weights and
 # addresses.
 QUERY_REGISTERS = 128
-WEIGHT_REGISTERS = 24  # beside as many query fragments; 32 queries over 32 sources have 32, and spilled
-MAX_WAITING = 3  # octets of queries times groups of sources with scaled output
+WEIGHT_REGISTERS = 16  # of an item, beside as many query fragments; those of 32 queries over 24 sources spilled
 RUN_BYTES = 512  # of a row that is stored at a time, where there is room: one instruction of a warp
 # A ring holds three or four tokens (measured on an H200: more did not help), and at least this much, which hides the
 # latency of device memory.
@@ -173,8 +172,13 @@ class Shape:
 
     @property
     def partial_bytes(self) -> int:
-        """One warp's share of an item's sums, for every group: logits [octets, 8 queries, 8 columns], squares [8]."""
-        return self.groups * (self.octets * 256 + 32)
+        """One warp's share of an item's sums."""
+        return self.groups * self.group_bytes
+
+    @property
+    def group_bytes(self) -> int:
+        """Logits [octets, 8 queries, 8 columns], squares [8]; if out is scaled fp16, the rows' largest magnitudes [8]."""
+        return self.octets * 256 + 32 * (1 + self.scaled_out)
 
     def operand_registers(self, tile: Phase1Tile) -> int:
         """Per thread, for query fragments."""
@@ -231,22 +235,13 @@ class Shape:
         sums = 4 * tile.warps * tile.cluster if tile.direct else 2 * (tile.warps + tile.cluster)
         return sums * self.partial_bytes
 
-    @property
-    def peak_bytes(self) -> int:
-        """One warp's largest magnitudes of an item's output rows."""
-        return self.out_octets * OCTET * 4 * self.scaled_out
-
     def places(self, tile: Phase1Tile) -> int:
         """Of items drawn by a cluster's first CTA for the others': one more than its ring can hold."""
         return tile.slots + 1 if tile.cluster > 1 else 0
 
-    def peaks_bytes(self, tile: Phase1Tile) -> int:
-        """Two buffers of every warp's."""
-        return 2 * tile.warps * tile.cluster * self.peak_bytes
-
     def scales_bytes(self, tile: Phase1Tile) -> int:
-        """Each warp's two buffers of a scale for each lane, and units of an item's output rows."""
-        return tile.warps * (2 * LANES + self.out_octets * OCTET) * 4 * self.scaled_sources
+        """Each warp's two buffers of a scale for each lane."""
+        return 2 * tile.warps * LANES * 4 * self.scaled_sources
 
     @property
     def table_bytes(self) -> int:
@@ -254,11 +249,10 @@ class Shape:
         return self.num_sources * 16 * self.scaled_sources
 
     def fixed_bytes(self, tile: Phase1Tile) -> int:
-        """All but the ring: staging, third terms, buffers of sums, peaks, scales, barriers and items of the longest ring."""
+        """All but the ring: staging, third terms, buffers of sums and scales, barriers and items of the longest ring."""
         return (
             tile.warps * (self.stage_bytes(tile) + self.third_bytes(tile))
             + self.exchange_bytes(tile)
-            + self.peaks_bytes(tile)
             + self.scales_bytes(tile)
             + self.table_bytes
             + 8 * (2 * MAX_SLOTS + 6)
@@ -297,9 +291,6 @@ def phase1_config(
     parts[0] = num_queries
     for queries, clusters in [*((part, (1, 2, 4)) for part in parts), *((part, (8,)) for part in parts)]:
         shape = Shape(hidden_size, num_sources, queries, terms, out == "fp16_scaled", scaled_sources)
-        # Weights wait for the peaks in registers: four octets of them spilled at D 4096, N 16, fp32 queries.
-        if shape.scaled_out and shape.octets > 1 and shape.octets * shape.groups > MAX_WAITING:
-            continue
         tiles = [tile for tile in (_tile(shape, cluster) for cluster in clusters) if tile]
         if tiles:
             # The smallest cluster, unless a larger one has a much better ring and stores.

@@ -290,6 +290,27 @@ def test_it_is_stored_when_asked(op: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_phase_1_takes_the_scale_of_a_bound(backend: str) -> None:
+    """sum_n p_n max |v_n|: the row's own where there is one block, little more else; a block without weight has no part."""
+    blocks = [rows(6, 72, seed=seed) for seed in range(3)]
+    options = {"storage": SCALED_FP16, "backend": backend}
+    out, _ = attnres.phase_1(blocks, rows(2, 72, seed=3), EPS, **options)
+    exact = oracle.phase1(blocks, rows(2, 72, seed=3), EPS).out.float()
+    ratio = out.scale / ScaledTensor.from_tensor(exact).scale
+    assert (ratio >= 1).all()
+    assert (ratio <= 4).all()
+    one, _ = attnres.phase_1(blocks[:1], rows(2, 72, seed=3), EPS, **options)
+    assert torch.equal(one.scale, ScaledTensor.from_tensor(blocks[0].expand(2, 6, 72)).scale)
+    opposed, _ = attnres.phase_1([blocks[0], -blocks[0]], torch.zeros(1, 72), EPS, **options)
+    assert torch.equal(opposed.scale[0], one.scale[0])
+    assert (opposed.values == 0).all()
+    # logits of 1000 and -1000: the larger block has a weight of zero
+    query = 1000 * blocks[0][:1] / blocks[0][0].norm()
+    alone, _ = attnres.phase_1([blocks[0][:1], -(2.0**20) * blocks[0][:1]], query, EPS, **options)
+    assert torch.equal(alone.scale[0], one.scale[0, :1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_stacked_blocks_are_the_blocks_one_by_one(backend: str) -> None:
     stacked = ScaledTensor.from_tensor(magnitudes(6, 40).view(3, 2, 40)).requires_grad_()
     separate = [part.detach().clone().requires_grad_() for part in stacked.detach().unbind()]
@@ -512,9 +533,7 @@ def test_phase_1_on_hopper_takes_blocks_of_any_magnitude(
     kept = exact.out.float()
     stored = ScaledTensor.from_tensor(kept) if storage else kept.bfloat16()
     if storage:
-        assert (
-            out.scale == stored.scale
-        ).float().mean() > 0.99  # where a row's peak is at a power of two, either may be right
+        assert ((out.scale >= stored.scale) & (out.scale <= 64 * stored.scale)).all()
     largest = exact.out.abs().amax(-1, keepdim=True).clamp_min(2.0**-120)
     error, floor = (((found.to(torch.float64) - exact.out) / largest).norm(dim=-1) for found in (out, stored))
     assert error.norm() <= 1.05 * floor.norm()

@@ -121,6 +121,11 @@ def unpack(dtype: type[Numeric], pair: Pair) -> tuple[Float32, Float32]:
     return first, second
 
 
+def larger_magnitudes(dtype: type[Numeric], first: Pair, second: Pair) -> Pair:
+    """Element by element, with signs that mean nothing; a number where the other is NaN."""
+    return ptx(f"max.xorsign.abs.{_PTX_TYPE[dtype]}x2 $0,$1,$2;", [Int32], [first, second], effects=False)[0]
+
+
 def split_pack(dtype: type[Numeric], first: Float32, second: Float32) -> tuple[Pair, Pair]:
     """(high, low): two pairs whose sum has twice the mantissa of one."""
     high = pack(dtype, first, second)

@@ -29,7 +29,7 @@ Rows are read from device memory once. Deterministic: every sum has a fixed orde
 import functools
 import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import cuda.bindings.driver as cuda
@@ -54,6 +54,7 @@ from cute_kernels.device.mma import (
     bulk_load,
     copy_scalar,
     fetch_increment,
+    larger_magnitudes,
     ldmatrix,
     load_shared,
     load_vector,
@@ -72,7 +73,7 @@ from cute_kernels.device.mma import (
     zip_pairs,
 )
 from cute_kernels.device.pipelines import EVICT_FIRST, RowTable, producer_state
-from cute_kernels.device.rounding import ZERO_ORDER, inverse, magnitude_from, order_of, scale_from
+from cute_kernels.device.rounding import finite_magnitude, inverse, scale_from
 from cute_kernels.device.rows import add, exp_difference, log, reciprocal_root, tree
 
 TYPES = {"bf16": BFloat16, "fp16": Float16, "fp32": Float32}
@@ -107,14 +108,10 @@ class Memory:
         self.partial = self.third + third_bytes
         # [2 buffers, CTAs of the cluster, partial_bytes], or [4 buffers, CTAs, warps, partial_bytes]
         self.reduced = self.partial + partial_bytes
-        peaks_at = ring_bytes + stage_bytes + third_bytes + shape.exchange_bytes(tile)
-        # [2 buffers, CTAs of the cluster, warps, peak_bytes], where out is scaled fp16
-        self.peaks = self.ring + peaks_at
+        scales_at = ring_bytes + stage_bytes + third_bytes + shape.exchange_bytes(tile)
         # [2 buffers, warps, 32 rows], where sources are scaled fp16
-        self.scales = self.peaks + shape.peaks_bytes(tile)
-        # [warps, octets of output rows, 8]
-        self.units = self.scales + 2 * tile.warps * LANES * 4
-        table_at = peaks_at + shape.peaks_bytes(tile) + shape.scales_bytes(tile)
+        self.scales = self.ring + scales_at
+        table_at = scales_at + shape.scales_bytes(tile)
         # Of the sources' scales
         table = cute.recast_ptr(base + table_at, dtype=Int64)
         self.table = RowTable(cute.make_tensor(table, cute.make_layout((2, config.num_sources))))
@@ -127,11 +124,8 @@ class Memory:
         # [2 or 4 buffers]: every share of the totals is there
         self.reduced_ready = self.partial_ready + (0 if tile.direct else 2)
         self.reduced_ready_address = Int32(self.reduced_ready.toint())
-        # [2 buffers]: every warp's peaks are there
-        self.peaks_ready = self.reduced_ready + (4 if tile.direct else 2)
-        self.peaks_ready_address = Int32(self.peaks_ready.toint())
         # [places]: the first CTA's producer has drawn an item for this CTA's
-        self.drawn_ready = self.peaks_ready + 2 * shape.scaled_out
+        self.drawn_ready = self.reduced_ready + (4 if tile.direct else 2)
         self.drawn_ready_address = Int32(self.drawn_ready.toint())
         # [slots]: the item in the slot; [places]: items drawn
         self.items = self.drawn_ready_address + 8 * shape.places(tile)
@@ -151,6 +145,19 @@ class Lane(NamedTuple):
     def anew(self) -> "Lane":
         """The same, for what follows from c and q alone, addresses above all, not to be kept from item to item: it spilled."""
         return self._replace(c=opaque(self.c), q=opaque(self.q))
+
+
+class Weights(NamedTuple):
+    """Of an item's rows.
+
+    Where sources are scaled fp16, a row's weight is its share times its scale, divided by a power of two of the query and
+    token, the *unit*, so that the largest one fills fp16. The mixes are then in this unit.
+    """
+
+    # mma operands [octet of queries][group] (high, low)
+    operands: list[list[tuple[Pair, Pair]]]
+    # what makes results of mixes [octet of queries][2], of the tokens of columns 2q and 2q + 1: units over scales of out
+    factors: list[list[Float32]]
 
 
 class Queries(NamedTuple):
@@ -296,8 +303,6 @@ class Phase1Kernel:
         for buffer in range(self.buffers):
             # Over a cluster, shares arrive as bytes; the one arrival announces how many.
             cute.arch.mbarrier_init(memory.reduced_ready + buffer, tile.warps * LANES if tile.cluster == 1 else 1)
-        for buffer in range(2 if self.shape.scaled_out else 0):
-            cute.arch.mbarrier_init(memory.peaks_ready + buffer, tile.warps * LANES if tile.cluster == 1 else 1)
         for place in range(self.shape.places(tile)):
             cute.arch.mbarrier_init(memory.drawn_ready + place, 1)
 
@@ -445,28 +450,14 @@ class Phase1Kernel:
                 if going:
                     self.fetch_scales(memory, work, lane, turn, item)
                 cute.arch.cp_async_commit_group()
-            if const_expr(self.shape.scaled_out):
-                # As below, but that the peaks of item k travel while the logits of item k + 1 are made.
-                weights = self.no_weights()
-                if turn > 0:
-                    weights = self.softmax(memory, work, lane, outputs, turn - 1, before, eps, scale)
-                    self.send_peaks(memory, work, lane, turn - 1, weights)
-                if going:
-                    self.logits(memory, work, lane, queries, turn)
-                    if const_expr(not self.tile.direct):
-                        self.exchange(memory, work, lane, turn)
-                if turn > 0:
-                    self.mix(memory, work, lane, outputs, turn - 1, before, weights)
-                    self.release(memory, lane, turn - 1)
-            else:
-                if going:
-                    self.logits(memory, work, lane, queries, turn)
-                if turn > 0:
-                    weights = self.softmax(memory, work, lane, outputs, turn - 1, before, eps, scale)
-                    self.mix(memory, work, lane, outputs, turn - 1, before, weights)
-                    self.release(memory, lane, turn - 1)
-                if const_expr(not self.tile.direct) and going:
-                    self.exchange(memory, work, lane, turn)
+            if going:
+                self.logits(memory, work, lane, queries, turn)
+            if turn > 0:
+                weights = self.softmax(memory, work, lane, outputs, turn - 1, before, eps, scale)
+                self.mix(memory, work, lane, outputs, turn - 1, before, weights)
+                self.release(memory, lane, turn - 1)
+            if const_expr(not self.tile.direct) and going:
+                self.exchange(memory, work, lane, turn)
             before = item
             turn += 1
 
@@ -475,9 +466,6 @@ class Phase1Kernel:
         slot, parity = self.slot(lane, turn, 0)
         cute.arch.mbarrier_wait(memory.full + slot, parity)
         return load_shared(Int32, memory.items + slot * 4, 0, 1)[0]
-
-    def no_weights(self) -> list[list[tuple[Pair, Pair]]]:
-        return [[(Int32(0), Int32(0))] * self.shape.groups for _ in range(self.shape.octets)]
 
     def fetch_scales(self, memory: Memory, work: Queue, lane: Lane, turn: Int32, item: Int32) -> None:
         """Starts copying the scales of an item's rows, for this warp: lane r that of row r, or any where there is none."""
@@ -493,9 +481,6 @@ class Phase1Kernel:
     def scales(self, memory: Memory, lane: Lane, turn: Int32) -> Int32:
         """This warp's buffer for an item."""
         return memory.scales + (turn % 2 * self.tile.warps + lane.warp) * (LANES * 4)
-
-    def units(self, memory: Memory, lane: Lane) -> Int32:
-        return memory.units + lane.warp * (self.shape.out_octets * OCTET * 4)
 
     def slot(self, lane: Lane, turn: Int32, group: int) -> tuple[Int32, Int32]:
         """(slot, parity of its full barrier) of this warp's slab of a group.
@@ -525,17 +510,26 @@ class Phase1Kernel:
             cute.arch.mbarrier_wait(memory.full + slot, parity)
             # Matrix m of ldmatrix is columns 8m to 8m + 7 of the eight rows.
             rows = self.row_address(memory, lane, slot, group, lane.lane % 8) + lane.lane // 8 * 16
-            products, squares = self.products(rows, queries)
-            at = group * (shape.octets * 256 + 32)
+            products, squares, largest = self.products(rows, queries)
+            at = group * shape.group_bytes
             for octet, pair in enumerate(products):
                 self.send(memory, buffer, share + (lane.lane * 8 + at + octet * 256), pair, None)
             # The square of row n is element (n, n) of its octet: in lane 4n + n // 2, the first or second number.
             square = select(lane.c % 2 == 0, squares[0], squares[1])
             at_square = share + (lane.c * 4 + at + shape.octets * 256)
             self.send(memory, buffer, at_square, [square], lane.q == lane.c // 2)
+            if shape.scaled_out:
+                self.send(memory, buffer, at_square + 32, [self.row_peak(largest)], lane.q == 0)
         if tile.cluster == 1 or not tile.direct:
             ready = memory.reduced_ready if tile.direct else memory.partial_ready
             cute.arch.mbarrier_arrive(ready + buffer)
+
+    def row_peak(self, largest: Pair) -> Float32:
+        """Of row c, from what each lane found in it."""
+        peak = tree(cute.arch.fmax, [cute.arch.fmax(value, -value) for value in unpack(self.dtype, largest)])
+        for offset in (1, 2):
+            peak = cute.arch.fmax(peak, cute.arch.shuffle_sync_bfly(peak, offset=offset))
+        return peak
 
     def send(self, memory: Memory, buffer: Int32, address: Int32, values: list[Float32], predicate) -> None:
         """Part of a warp's sums to their place here; or, when the exchange is direct, in every CTA."""
@@ -545,8 +539,9 @@ class Phase1Kernel:
         for cta in range(self.tile.cluster):
             store_cluster(address, memory.reduced_ready_address + buffer * 8, Int32(cta), values, predicate)
 
-    def products(self, rows: Int32, queries: Queries) -> tuple[list[list[Float32]], list[Float32]]:
-        """Over the warp's columns: (this lane's two products per octet of queries, its two of rows times rows^T).
+    def products(self, rows: Int32, queries: Queries) -> tuple[list[list[Float32]], list[Float32], Pair]:
+        """Over the warp's columns: (this lane's two products per octet of queries, its two of rows times rows^T, the
+        largest of row c that it has seen, if out is scaled fp16).
 
         Third terms add to the sums of second terms; those of an odd first octet fill the idle half of the squares' mma.
         """
@@ -556,10 +551,12 @@ class Phase1Kernel:
         sums = [ChainedSum(self.dtype) for _ in range(count // 2)]
         if count % 2:
             sums.append(ChainedSum(self.dtype, alternating=True))
-        squares = ChainedSum(self.dtype)
+        squares, largest = ChainedSum(self.dtype), Int32(0)
         for pair_of_steps in range(self.warp_columns // (2 * K_STEP)):
             # Columns 32i to 32i + 31 of the eight rows: operands of two steps
             columns = ldmatrix(rows, pair_of_steps * 2 * K_STEP * ITEM)
+            if shape.scaled_out:
+                largest = tree(functools.partial(larger_magnitudes, self.dtype), [largest, *columns])
             beside = [None, None]
             if third and odd:
                 four = ldmatrix(queries.third_octet, pair_of_steps * 2 * K_STEP * ITEM)
@@ -588,7 +585,7 @@ class Phase1Kernel:
             products = [[h + l for h, l in zip(*both, strict=True)] for both in zip(products, low, strict=True)]
         for octet, unscale in enumerate(queries.unscale):
             products[octet] = [value * unscale for value in products[octet]]
-        return products, r_squares[0]
+        return products, r_squares[0], largest
 
     def exchange(self, memory: Memory, work: Queue, lane: Lane, turn: Int32) -> None:
         """Adds this warp's share of the partial sums up and sends it to every CTA of the cluster.
@@ -616,7 +613,7 @@ class Phase1Kernel:
             total = None
             for warp in range(tile.warps):
                 share = load_shared(Float32, partial + at, warp * shape.partial_bytes, 4)
-                total = share if total is None else [t + s for t, s in zip(total, share, strict=True)]
+                total = share if total is None else self.join_shares(vector, total, share)
             if tile.cluster == 1:
                 store_shared(reduced + at, 0, total, mine)
             else:
@@ -626,16 +623,20 @@ class Phase1Kernel:
         if tile.cluster == 1:
             cute.arch.mbarrier_arrive(memory.reduced_ready + buffer)
 
+    def join_shares(self, vector: Int32, total: list[Float32], share: list[Float32]) -> list[Float32]:
+        """Sums; of a group's last two vectors, where it has peaks, the largest."""
+        shape = self.shape
+        sums = [t + s for t, s in zip(total, share, strict=True)]
+        if not shape.scaled_out:
+            return sums
+        is_peak = vector % (shape.group_bytes // 16) >= shape.group_bytes // 16 - 2
+        return [select(is_peak, cute.arch.fmax(t, s), both) for t, s, both in zip(total, share, sums, strict=True)]
+
     def announce_totals(self, memory: Memory, lane: Lane, buffer: Int32) -> None:
         announce(lane, memory.reduced_ready + buffer, self.shares * self.shape.partial_bytes)
 
-    def softmax(
-        self, memory, work, lane, outputs, turn: Int32, item: Int32, eps, scale
-    ) -> list[list[tuple[Pair, Pair]]]:
-        """Weights of an item as mma operands [octet of queries][group] (high, low); every warp computes them all.
-
-        Where sources are scaled fp16, a row's weight is its share times its scale, divided by a power of two of the query
-        and token, the *unit*, so that the largest one fills fp16.
+    def softmax(self, memory, work, lane, outputs, turn: Int32, item: Int32, eps, scale) -> Weights:
+        """Weights of an item; every warp computes them all.
 
         Lane (c, q) holds query c of each octet and the item's columns 2q and 2q + 1: the layout of products and of
         operand A alike.
@@ -645,7 +646,7 @@ class Phase1Kernel:
         buffer = turn % self.buffers
         cute.arch.mbarrier_wait(memory.reduced_ready + buffer, (turn // self.buffers) & 1)
         totals = memory.reduced + buffer * (self.shares * shape.partial_bytes)
-        at = [group * (shape.octets * 256 + 32) for group in range(shape.groups)]
+        at = [group * shape.group_bytes for group in range(shape.groups)]
         if shape.scaled_sources:
             cute.arch.cp_async_wait_group(1)
             cute.arch.sync_warp()
@@ -668,29 +669,27 @@ class Phase1Kernel:
                 ]
         if self.config.rstd:
             self.store_rstd(work, lane, outputs, item, rstd)
-        weights = []
+        peaks = []
+        if shape.scaled_out:
+            address = totals + lane.q * 8
+            peaks = [self.total(address, first + shape.octets * 256 + 32, cute.arch.fmax) for first in at]
+        operands, factors = [], []
         for octet in range(shape.octets):
             logits = []
             for group in range(shape.groups):
                 products = self.total(totals + lane.lane * 8, at[group] + octet * 256)
                 logits.append([scale * (key * product) for key, product in zip(keys[group], products, strict=True)])
             r_weights, r_lse, units = self.normalise(lane, logits, scales)
-            weights.append([split_pack(self.dtype, *pair) for pair in r_weights])
-            if units:
-                self.keep_units(memory, lane, octet, units)
-            self.store_statistics(work, lane, outputs, item, octet, logits, r_lse)
-        return weights
-
-    def keep_units(self, memory: Memory, lane: Lane, octet: int, units: list[Float32]) -> None:
-        """For row_units, by the first lane of each token: registers would be held while the next item's logits are made."""
-        shape = self.shape
-        per_token = shape.rows_per_token
-        token = lane.q * 2 // per_token
-        first = lane.q % max(per_token // 2, 1) == 0
-        address = self.units(memory, lane) + (token * shape.octets * OCTET + lane.c) * 4
-        for e in range(2 if per_token == 1 else 1):
-            store_shared(address, (e * shape.octets + octet) * OCTET * 4, [units[e]], first)
-        cute.arch.sync_warp()
+            operands.append([split_pack(self.dtype, *pair) for pair in r_weights])
+            out_scales = []
+            if shape.scaled_out:
+                found = [[w * p for w, p in zip(*pairs, strict=True)] for pairs in zip(r_weights, peaks, strict=True)]
+                bounds = [bound * unit for bound, unit in zip(self.over_sources(add, found), units, strict=True)]
+                out_scales = [scale_from(finite_magnitude(bound)) for bound in bounds]
+                units = [inverse(s) * unit for s, unit in zip(out_scales, units, strict=True)]
+            factors.append(units)
+            self.store_statistics(work, lane, outputs, item, octet, logits, r_lse, out_scales)
+        return Weights(operands, factors)
 
     def row_scales(self, memory: Memory, lane: Lane, turn: Int32) -> list[list[Float32]] | None:
         """[group][2], of the lane's columns."""
@@ -705,11 +704,11 @@ class Phase1Kernel:
         root = reciprocal_root(mean * low * low + eps * down * down)
         return root * down, root * low
 
-    def total(self, address: Int32, offset: int) -> list[Float32]:
-        """Two numbers summed over their shares."""
+    def total(self, address: Int32, offset: int, combine: Callable[[Float32, Float32], Float32] = add) -> list[Float32]:
+        """Two numbers combined over their shares."""
         size = self.shape.partial_bytes
         shares = [load_shared(Float32, address, offset + share * size, 2) for share in range(self.shares)]
-        return [tree(add, [share[e] for share in shares]) for e in range(2)]
+        return [tree(combine, [share[e] for share in shares]) for e in range(2)]
 
     def source(self, lane: Lane, group: int, e: int) -> Int32:
         """The source in column 2q + e of a group."""
@@ -721,9 +720,7 @@ class Phase1Kernel:
         return [e for e in range(2) if group * OCTET + e % per_token < self.config.num_sources]
 
     def normalise(self, lane: Lane, logits: list, scales: list | None) -> tuple[list, list[Float32], list]:
-        """(weights [group][2], lse [2], units [2] if scaled) of one query per lane; the two columns belong to one token
-        unless N is 1.
-        """
+        """(weights [group][2], lse [2], units [2]: see Weights) of one query per lane."""
         shape = self.shape
         if self.vacant_rows:
             absent = Float32(-math.inf)
@@ -731,32 +728,37 @@ class Phase1Kernel:
                 [select(self.source(lane, g, e) < shape.num_sources, pair[e], absent) for e in range(2)]
                 for g, pair in enumerate(logits)
             ]
-        separate = shape.rows_per_token == 1
-        offsets = [offset for offset in (1, 2) if 2 * offset < shape.rows_per_token]
-
-        def over_sources(combine, values: list[list[Float32]]) -> list[Float32]:
-            if separate:
-                return values[0]
-            result = tree(combine, [value for pair in values for value in pair])
-            for offset in offsets:
-                result = combine(result, cute.arch.shuffle_sync_bfly(result, offset=offset))
-            return [result, result]
-
-        highest = over_sources(cute.arch.fmax, logits)
+        highest = self.over_sources(cute.arch.fmax, logits)
         powers = [[exp_difference(pair[e], highest[e]) for e in range(2)] for pair in logits]
-        denominator = over_sources(add, powers)
+        denominator = self.over_sources(add, powers)
         factors = [cute.arch.rcp_approx(value) for value in denominator]
-        units = []
+        units = [Float32(1.0)] * 2
         if scales is not None:
             powers = [[p * s for p, s in zip(*pairs, strict=True)] for pairs in zip(powers, scales, strict=True)]
-            found = [power_of_two_scale(peak) for peak in over_sources(cute.arch.fmax, powers)]
+            found = [power_of_two_scale(peak) for peak in self.over_sources(cute.arch.fmax, powers)]
             units = [unit for _, unit in found]
             powers = [[pair[e] * found[e][0] for e in range(2)] for pair in powers]
         weights = [[pair[e] * factors[e] for e in range(2)] for pair in powers]
         return weights, [highest[e] + log(denominator[e]) for e in range(2)], units
 
-    def store_statistics(self, work, lane, outputs, item: Int32, octet: int, logits: list, r_lse: list) -> None:
-        """lse, and logits if wanted, of one octet of queries: by the first CTA, the octets by different warps.
+    def over_sources(self, combine: Callable[[Float32, Float32], Float32], values: list) -> list[Float32]:
+        """[group][2] of a query and the lane's columns, combined over a token's sources: for the tokens of either column,
+        which are one unless N is 1.
+        """
+        per_token = self.shape.rows_per_token
+        if per_token == 1:
+            return values[0]
+        result = tree(combine, [value for pair in values for value in pair])
+        for offset in (1, 2):
+            if 2 * offset < per_token:
+                result = combine(result, cute.arch.shuffle_sync_bfly(result, offset=offset))
+        return [result, result]
+
+    def store_statistics(
+        self, work, lane, outputs, item: Int32, octet: int, logits: list, r_lse: list, out_scales: list
+    ) -> None:
+        """lse, and logits and scales of out if wanted, of one octet of queries: by the first CTA, the octets by different
+        warps.
 
         Here and in store_rows an address is one 64-bit number of the lane and a sum that is the same for all of them,
         which takes no vector registers: with every address written out, the compiler kept a dozen of them and spilled.
@@ -772,6 +774,8 @@ class Phase1Kernel:
                 present = present & (lane.q % (shape.rows_per_token // 2) == 0)
             position = (lane.c * tokens + in_item) + (octet * OCTET * tokens + first + e)
             store_scalar(outputs.lse + position * 4, r_lse[e], present)
+            if out_scales:
+                store_scalar(outputs.out_scale + position * 4, out_scales[e], present)
         if not self.config.logits:
             return
         row = lane.c * shape.num_sources + self.source(lane, 0, 0)
@@ -806,18 +810,13 @@ class Phase1Kernel:
         shape, tile = self.shape, self.tile
         lane = lane.anew()
         rows = self.item_rows(memory, lane, turn)
-        if shape.scaled_out:
-            cute.arch.mbarrier_wait(memory.peaks_ready + turn % 2, (turn >> 1) & 1)
         stage = memory.stage + lane.warp * shape.stage_bytes(tile)
-        for place, both in enumerate(self.output_pairs()):
-            operands = [self.weight_operand(lane, weights, both, group) for group in range(shape.groups)]
-            units = self.row_units(memory, lane, 2 * place, len(both))
-            store = RowStore(self, work, lane, outputs, item, both, units)
-            if shape.scaled_out:
-                store.scale(self.item_peaks(memory, lane, turn, 2 * place, len(both)))
+        for both in self.output_pairs():
+            operands = [self.weight_operand(lane, weights.operands, both, group) for group in range(shape.groups)]
+            factors = self.row_factors(lane, weights.factors, both)
             for first in range(0, tile.blocks, tile.segment):
                 segment = range(first, min(first + tile.segment, tile.blocks))
-                self.mix_segment(lane, rows, operands, segment, stage, store)
+                self.mix_segment(lane, rows, operands, factors, segment, stage)
                 cute.arch.sync_warp()
                 self.store_rows(work, lane, outputs, item, both, segment, stage)
                 cute.arch.sync_warp()
@@ -832,56 +831,17 @@ class Phase1Kernel:
             for group in range(self.shape.groups)
         ]
 
-    def row_units(self, memory: Memory, lane: Lane, first: int, count: int) -> list[Float32 | None]:
-        """The units of row c of some octets of output rows; None: one."""
-        if not self.config.scaled_sources:
-            return [None] * count
-        own = self.units(memory, lane) + lane.c * 4
-        return [load_shared(Float32, own, octet * OCTET * 4, 1)[0] for octet in range(first, first + count)]
-
-    def send_peaks(self, memory: Memory, work: Queue, lane: Lane, turn: Int32, weights: list) -> None:
-        """The largest magnitudes of an item's output rows, over the warp's columns, to every CTA: the mixes made once before.
-
-        Two buffers are enough: a warp sends peaks of item k + 2 after it has seen all of k + 1, which others sent after
-        their reads of k.
-        """
-        shape, tile = self.shape, self.tile
-        lane = lane.anew()
-        rows, buffer = self.item_rows(memory, lane, turn), turn % 2
-        if tile.cluster > 1:
-            announce(lane, memory.peaks_ready + buffer, tile.warps * tile.cluster * shape.peak_bytes)
-        own = memory.peaks + ((buffer * tile.cluster + work.rank) * tile.warps + lane.warp) * shape.peak_bytes
-        for place, both in enumerate(self.output_pairs()):
-            operands = [self.weight_operand(lane, weights, both, group) for group in range(shape.groups)]
-            peaks = [Int32(ZERO_ORDER)] * len(both)
-            for _, sums in self.block_sums(rows, operands, range(tile.blocks)):
-                for octet in range(len(both)):
-                    for values in sums:
-                        for half in range(2):
-                            peaks[octet] = cutlass.max(peaks[octet], order_of(values[2 * octet + half]))
-            for octet, peak in enumerate(peaks):
-                for offset in (1, 2):
-                    peak = cutlass.max(peak, cute.arch.shuffle_sync_bfly(peak, offset=offset))
-                address = own + ((2 * place + octet) * OCTET + lane.c) * 4
-                if tile.cluster == 1:
-                    store_shared(address, 0, [peak], lane.q == 0)
-                else:
-                    barrier = memory.peaks_ready_address + buffer * 8
-                    for cta in range(tile.cluster):
-                        store_cluster(address, barrier, Int32(cta), [peak], lane.q == 0)
-        if tile.cluster == 1:
-            cute.arch.mbarrier_arrive(memory.peaks_ready + buffer)
-
-    def item_peaks(self, memory: Memory, lane: Lane, turn: Int32, first: int, count: int) -> list[Int32]:
-        """The largest magnitudes of row c of some octets of output rows, from every warp's."""
-        shares, size = self.tile.warps * self.tile.cluster, self.shape.peak_bytes
-        address = memory.peaks + turn % 2 * (shares * size) + lane.c * 4
+    def row_factors(self, lane: Lane, factors: list, both: list) -> list[Float32 | None]:
+        """Of row c of some octets of output rows (see Weights); None: one."""
+        shape = self.shape
+        if not shape.scaled_out and not shape.scaled_sources:
+            return [None] * len(both)
+        if shape.tokens == 1:
+            return [factors[octet][0] for _, octet in both]
+        columns = [token * shape.rows_per_token for token, _ in both]
         return [
-            tree(
-                cutlass.max,
-                [load_shared(Int32, address, share * size + octet * OCTET * 4, 1)[0] for share in range(shares)],
-            )
-            for octet in range(first, first + count)
+            cute.arch.shuffle_sync(factors[octet][column % 2], lane.c * 4 + column // 2)
+            for (_, octet), column in zip(both, columns, strict=True)
         ]
 
     def weight_operand(self, lane: Lane, weights: list, both: list, group: int) -> tuple[Octet, Octet | None]:
@@ -933,17 +893,21 @@ class Phase1Kernel:
             # (measured on an H200: 0.779 -> 0.814 of copy bandwidth).
             cute.arch.sync_warp()
 
-    def mix_segment(
-        self, lane: Lane, rows: list, operands: list, segment: range, stage: Int32, store: "RowStore"
-    ) -> None:
+    def mix_segment(self, lane: Lane, rows: list, operands: list, factors: list, segment: range, stage: Int32) -> None:
         """weights times rows for some blocks of columns, rounded, into the staging buffer."""
         stage_row = self.shape.stage_row_bytes(self.tile)
         at = stage + lane.c * stage_row + lane.q * 32
         for block, sums in self.block_sums(rows, operands, segment):
-            for k in range(2 * len(store.both)):
+            for k in range(2 * len(factors)):
                 octet, half = k // 2, k % 2
                 offset = octet * OCTET * stage_row + (block - segment.start) * BLOCK * ITEM + half * 16
-                store_shared(at, offset, store.round([values[k] for values in sums], octet))
+                store_shared(at, offset, self.round([values[k] for values in sums], factors[octet]))
+
+    def round(self, values: list[Float32], factor: Float32 | None) -> list[Pair]:
+        """As stored."""
+        if factor is not None:
+            values = [value * factor for value in values]
+        return [pack(self.out_dtype, first, second) for first, second in zip(values[::2], values[1::2], strict=True)]
 
     def store_rows(self, work, lane, outputs, item: Int32, both: list, segment: range, stage: Int32) -> None:
         """Staged rows to device memory, 16 bytes a lane, whole rows one after the other.
@@ -1061,44 +1025,6 @@ class Phase1Kernel:
         third_octet = third + (lane.lane % 8) * third_row + (lane.lane // 8) * 16
         third_pairs = third + (shape.octets % 2 * OCTET + lane.lane % 16) * third_row + (lane.lane // 16) * 16
         return Queries(operands, [inverse for _, inverse in scales], third_octet, third_pairs)
-
-
-class RowStore:
-    """How two octets of output rows, (token, octet of queries) each, are rounded."""
-
-    def __init__(
-        self,
-        kernel: Phase1Kernel,
-        work: Queue,
-        lane: Lane,
-        outputs: Phase1Outputs,
-        item: Int32,
-        both: list,
-        units: list[Float32 | None],
-    ):
-        self.kernel, self.config, self.work, self.lane, self.outputs = kernel, kernel.config, work, lane, outputs
-        self.both, self.factors = both, units
-        self.first = item * kernel.shape.tokens
-
-    def scale(self, peaks: list[Int32]) -> None:
-        """Scaled fp16: rows are divided by their scales, which one warp stores."""
-        for octet, peak in enumerate(peaks):
-            token, queries = self.both[octet]
-            unit, magnitude = self.factors[octet], magnitude_from(peak)
-            scale = scale_from(magnitude if unit is None else magnitude * unit)
-            self.factors[octet] = inverse(scale) if unit is None else inverse(scale) * unit
-            chosen = (self.work.rank == 0) & (self.lane.warp == queries % self.kernel.tile.warps) & (self.lane.q == 0)
-            chosen = chosen & (queries * OCTET + self.lane.c < self.config.num_queries)
-            chosen = chosen & (self.first + token < self.work.tokens)
-            row = (queries * OCTET + self.lane.c) * Int64(self.work.tokens) + self.first + token
-            store_scalar(self.outputs.out_scale + row * 4, scale, chosen)
-
-    def round(self, values: list[Float32], octet: int) -> list[Pair]:
-        """Columns of row c, as stored."""
-        dtype, factor = self.kernel.out_dtype, self.factors[octet]
-        if factor is not None:
-            values = [value * factor for value in values]
-        return [pack(dtype, first, second) for first, second in zip(values[::2], values[1::2], strict=True)]
 
 
 @cute.jit

@@ -14,7 +14,6 @@ from cute_kernels.device.rows import select
 PARTIAL_SUM = 1  # stream
 ROUNDS = 10
 INFINITE_BITS = 0x7F800000
-ZERO_ORDER = -0x7F000000
 
 
 def magnitude_bits(x: Float32) -> Int32:
@@ -25,16 +24,6 @@ def finite_magnitude(x: Float32) -> Float32:
     """|x|; 0 for infinity and NaN, which play no part in a row's scale."""
     bits = magnitude_bits(x)
     return select(bits < INFINITE_BITS, bits, Int32(0)).bitcast(Float32)
-
-
-def order_of(x: Float32) -> Int32:
-    """An integer in the order of finite magnitudes, in two instructions: the bits twice, less 0x7F000000, by which infinity and NaN
-    wrap below zero's."""
-    return x.bitcast(Int32) * 2 + ZERO_ORDER
-
-
-def magnitude_from(order: Int32) -> Float32:
-    return ((order - ZERO_ORDER) >> 1 & 0x7FFFFFFF).bitcast(Float32)
 
 
 def scale_from(peak: Float32) -> Float32:
