@@ -73,7 +73,7 @@ from cute_kernels.device.mma import (
     zip_pairs,
 )
 from cute_kernels.device.pipelines import EVICT_FIRST, RowTable, producer_state
-from cute_kernels.device.rounding import finite_magnitude, inverse, scale_from
+from cute_kernels.device.rounding import PHASE_1_OUT, finite_magnitude, inverse, philox, scale_from, stochastic
 from cute_kernels.device.rows import add, exp_difference, log, reciprocal_root, tree
 
 TYPES = {"bf16": BFloat16, "fp16": Float16, "fp32": Float32}
@@ -895,19 +895,34 @@ class Phase1Kernel:
 
     def mix_segment(self, lane: Lane, rows: list, operands: list, factors: list, segment: range, stage: Int32) -> None:
         """weights times rows for some blocks of columns, rounded, into the staging buffer."""
-        stage_row = self.shape.stage_row_bytes(self.tile)
-        at = stage + lane.c * stage_row + lane.q * 32
+        stage_row, item = self.shape.stage_row_bytes(self.tile), self.shape.stage_item_bytes
+        at = stage + lane.c * stage_row + lane.q * (2 * VECTOR * item)
         for block, sums in self.block_sums(rows, operands, segment):
             for k in range(2 * len(factors)):
                 octet, half = k // 2, k % 2
-                offset = octet * OCTET * stage_row + (block - segment.start) * BLOCK * ITEM + half * 16
-                store_shared(at, offset, self.round([values[k] for values in sums], factors[octet]))
+                offset = octet * OCTET * stage_row + ((block - segment.start) * BLOCK + half * VECTOR) * item
+                factor, vector = factors[octet], [values[k] for values in sums]
+                if factor is not None:
+                    vector = [value * factor for value in vector]
+                if self.config.stochastic:
+                    store_shared(at, offset, vector[:4])
+                    store_shared(at, offset + 16, vector[4:])
+                else:
+                    store_shared(at, offset, self.pack(vector))
 
-    def round(self, values: list[Float32], factor: Float32 | None) -> list[Pair]:
+    def pack(self, values: list[Float32]) -> list[Pair]:
         """As stored."""
-        if factor is not None:
-            values = [value * factor for value in values]
         return [pack(self.out_dtype, first, second) for first, second in zip(values[::2], values[1::2], strict=True)]
+
+    def staged(self, address: Int32, offset: int, outputs: Phase1Outputs, row: Int64, column: Int32) -> list[Pair]:
+        """A vector of a staged row, as stored. Rounded stochastically only here: beside the mix's accumulators, random bits were
+        too many registers.
+        """
+        if not self.config.stochastic:
+            return load_shared(Int32, address, offset, 4)
+        values = load_shared(Float32, address, offset, 4) + load_shared(Float32, address, offset + 16, 4)
+        words = philox(outputs.seed, column // VECTOR, Int32(outputs.first_row + row), PHASE_1_OUT)
+        return self.pack(stochastic(values, self.out_dtype, words))
 
     def store_rows(self, work, lane, outputs, item: Int32, both: list, segment: range, stage: Int32) -> None:
         """Staged rows to device memory, 16 bytes a lane, whole rows one after the other.
@@ -921,18 +936,20 @@ class Phase1Kernel:
         width = min(1 << (vectors - 1).bit_length(), LANES)
         lane_row, lane_vector = lane.lane // width, lane.lane % width
         column = lane.column + segment.start * BLOCK + lane_vector * VECTOR
-        first, tokens = item * shape.tokens, Int64(work.tokens)
+        first, tokens, vector_bytes = item * shape.tokens, Int64(work.tokens), VECTOR * shape.stage_item_bytes
         for half, (token, octet) in enumerate(both):
             queries = min(OCTET, shape.num_queries - octet * OCTET)
             row = lane_row * tokens + (octet * OCTET * tokens + first + token)
             address = outputs.out + (row * shape.hidden_size + column) * ITEM
-            staged = stage + lane_row * shape.stage_row_bytes(self.tile) + lane_vector * 16
+            staged = stage + lane_row * shape.stage_row_bytes(self.tile) + lane_vector * vector_bytes
             places = [(r, v) for r in range(0, queries, LANES // width) for v in range(0, vectors, width)]
-            for batch in range(0, len(places), STORE_BATCH):
+            size = 1 if self.config.stochastic else STORE_BATCH
+            for batch in range(0, len(places), size):
                 moved = []
-                for r, v in places[batch : batch + STORE_BATCH]:
-                    offset = (half * OCTET + r) * shape.stage_row_bytes(self.tile) + v * 16
-                    moved.append((r, v, load_shared(Int32, staged, offset, 4)))
+                for r, v in places[batch : batch + size]:
+                    offset = (half * OCTET + r) * shape.stage_row_bytes(self.tile) + v * vector_bytes
+                    values = self.staged(staged, offset, outputs, row + r * tokens, column + v * VECTOR)
+                    moved.append((r, v, values))
                 for r, v, values in moved:
                     conditions = []
                     if v + width > vectors:
@@ -945,6 +962,9 @@ class Phase1Kernel:
                         conditions.append(first + token < work.tokens)
                     present = functools.reduce(operator.and_, conditions) if conditions else None
                     store_vector(address + r * tokens * (shape.hidden_size * ITEM), v * 16, values, present)
+                if self.config.stochastic:
+                    # One vector's random bits after the other's, or they spilled.
+                    cute.arch.sync_warp()
 
     def release(self, memory: Memory, lane: Lane, turn: Int32) -> None:
         """Gives the item's slots back to the producer."""

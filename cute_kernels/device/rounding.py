@@ -11,7 +11,9 @@ from cutlass import BFloat16, Float32, Int32, Int64, Numeric
 from cute_kernels.device.mma import ptx
 from cute_kernels.device.rows import select
 
-PARTIAL_SUM = 1  # stream
+# streams
+PHASE_1_OUT = 0
+PARTIAL_SUM = 1
 ROUNDS = 10
 INFINITE_BITS = 0x7F800000
 
