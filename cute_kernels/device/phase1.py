@@ -962,8 +962,8 @@ class Phase1Kernel:
                         conditions.append(first + token < work.tokens)
                     present = functools.reduce(operator.and_, conditions) if conditions else None
                     store_vector(address + r * tokens * (shape.hidden_size * ITEM), v * 16, values, present)
-                if self.config.stochastic:
-                    # One vector's random bits after the other's, or they spilled.
+                if self.config.stochastic or self.config.scaled_sources:
+                    # One batch after the other: together, random bits and addresses spilled.
                     cute.arch.sync_warp()
 
     def release(self, memory: Memory, lane: Lane, turn: Int32) -> None:
