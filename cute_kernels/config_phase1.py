@@ -171,9 +171,19 @@ class Shape:
         return OCTET // self.tokens
 
     @property
+    def octet_queries(self) -> int:
+        """Of an octet of output rows, with those that are vacant: a power of two if several tokens share it."""
+        return OCTET if self.tokens == 1 else min(1 << (self.num_queries - 1).bit_length(), OCTET)
+
+    @property
+    def octet_tokens(self) -> int:
+        """Whose output rows share an octet: row c is query c % octet_queries of token c // octet_queries of them."""
+        return min(OCTET // self.octet_queries, self.tokens)
+
+    @property
     def out_octets(self) -> int:
         """Of output rows of one item."""
-        return self.tokens * self.octets
+        return self.tokens // self.octet_tokens * self.octets
 
     @property
     def partial_bytes(self) -> int:
@@ -444,4 +454,8 @@ def phase1_configs() -> Iterator[tuple[str, Callable[[Any], Any], Phase1Config]]
     for shape in ((2048, 4, 8), (4096, 8, 16), (7168, 8, 16), (7168, 8, 24)):
         yield "phase1_fwd", build, config(*shape, stochastic=True)
     yield "phase1_fwd", build, config(2304, 9, 12, **given, stochastic=True)
+    # Tokens that share an octet of output rows
+    yield "phase1_fwd", build, config(4096, 1, 2)
+    yield "phase1_fwd", build, config(4096, 3, 2, key_weight="fp32", logits=True, rstd=True)
+    yield "phase1_fwd", build, config(2048, 2, 3, **given)
     yield "phase1_fwd", build, config(72, 3, 1, key_weight="bf16", **given | {"out": "fp16"})

@@ -601,7 +601,8 @@ class Phase1Kernel:
         buffer = turn & 1
         cute.arch.mbarrier_wait(memory.partial_ready + buffer, (turn >> 1) & 1)
         vectors = shape.partial_bytes // 16
-        begin, end = lane.warp * vectors // tile.warps, (lane.warp + 1) * vectors // tile.warps
+        warp = opaque(lane.warp)
+        begin, end = warp * vectors // tile.warps, (warp + 1) * vectors // tile.warps
         partial = memory.partial + buffer * (tile.warps * shape.partial_bytes)
         reduced = memory.reduced + (buffer * tile.cluster + work.rank) * shape.partial_bytes
         if tile.cluster > 1:
@@ -611,8 +612,8 @@ class Phase1Kernel:
             mine = vector < end
             at = cutlass.min(vector, vectors - 1) * 16
             total = None
-            for warp in range(tile.warps):
-                share = load_shared(Float32, partial + at, warp * shape.partial_bytes, 4)
+            for other in range(tile.warps):
+                share = load_shared(Float32, partial + at, other * shape.partial_bytes, 4)
                 total = share if total is None else self.join_shares(vector, total, share)
             if tile.cluster == 1:
                 store_shared(reduced + at, 0, total, mine)
@@ -689,6 +690,9 @@ class Phase1Kernel:
                 units = [inverse(s) * unit for s, unit in zip(out_scales, units, strict=True)]
             factors.append(units)
             self.store_statistics(work, lane, outputs, item, octet, logits, r_lse, out_scales)
+            if shape.scaled_sources or shape.scaled_out:
+                # One octet after the other: four together spilled.
+                cute.arch.sync_warp()
         return Weights(operands, factors)
 
     def row_scales(self, memory: Memory, lane: Lane, turn: Int32) -> list[list[Float32]] | None:
@@ -801,8 +805,10 @@ class Phase1Kernel:
                 store_scalar(outputs.rstd + position * 4, pair[e], present)
 
     def output_pairs(self) -> list[list[tuple[int, int]]]:
-        """The item's octets of output rows (token, octet of queries) by twos, of one token, or of one octet of them."""
-        octets = [(token, octet) for token in range(self.shape.tokens) for octet in range(self.shape.octets)]
+        """The item's octets of output rows (first token, octet of queries) by twos."""
+        shape = self.shape
+        tokens = range(0, shape.tokens, shape.octet_tokens)
+        octets = [(token, octet) for token in tokens for octet in range(shape.octets)]
         return [octets[i : i + 2] for i in range(0, len(octets), 2)]
 
     def mix(self, memory, work: Queue, lane: Lane, outputs: Phase1Outputs, turn: Int32, item: Int32, weights) -> None:
@@ -838,11 +844,13 @@ class Phase1Kernel:
             return [None] * len(both)
         if shape.tokens == 1:
             return [factors[octet][0] for _, octet in both]
-        columns = [token * shape.rows_per_token for token, _ in both]
-        return [
-            cute.arch.shuffle_sync(factors[octet][column % 2], lane.c * 4 + column // 2)
-            for (_, octet), column in zip(both, columns, strict=True)
-        ]
+        found = []
+        for token, octet in both:
+            column = (lane.c // shape.octet_queries + token) * shape.rows_per_token
+            source = lane.c * 4 + column // 2
+            even, odd = (cute.arch.shuffle_sync(factor, source) for factor in factors[octet])
+            found.append(select(column % 2 == 0, even, odd))
+        return found
 
     def weight_operand(self, lane: Lane, weights: list, both: list, group: int) -> tuple[Octet, Octet | None]:
         """Operand A of a mix: K 0 to 7 the high parts, K 8 to 15 the low parts of the weights of the group's rows."""
@@ -850,16 +858,16 @@ class Phase1Kernel:
         for token, octet in both:
             high, low = weights[octet][group]
             if self.shape.tokens > 1:
-                mask = self.token_mask(lane, token)
+                mask = self.token_mask(lane, lane.c // self.shape.octet_queries + token)
                 high, low = high & mask, low & mask
             operand.append((high, low))
         return operand[0], operand[1] if len(operand) > 1 else None
 
-    def token_mask(self, lane: Lane, token: int) -> Int32:
+    def token_mask(self, lane: Lane, token: Int32) -> Int32:
         """Keeps those of a lane's two columns that are rows of the item's token."""
         per_token = self.shape.rows_per_token
         if per_token == 1:
-            return select(lane.q == token // 2, Int32(-65536 if token % 2 else 65535), Int32(0))
+            return select(lane.q == token // 2, select(token % 2 == 0, Int32(65535), Int32(-65536)), Int32(0))
         return select(lane.q // (per_token // 2) == token, Int32(-1), Int32(0))
 
     def block_sums(self, rows: list, operands: list, blocks: range) -> Iterator[tuple[int, list[list[Float32]]]]:
@@ -934,34 +942,44 @@ class Phase1Kernel:
         vectors = len(segment) * BLOCK // VECTOR
         # Lanes of a row at a time
         width = min(1 << (vectors - 1).bit_length(), LANES)
-        lane_row, lane_vector = lane.lane // width, lane.lane % width
+        at_once, lane_row, lane_vector = LANES // width, lane.lane // width, lane.lane % width
+        # Row r of an octet, at r - lane_row a multiple of at_once: query and token are sums of the lane's and of what r has.
+        per_token = shape.octet_queries
+        lane_query, lane_token = (
+            (lane_row, 0) if at_once <= per_token else (lane_row % per_token, lane_row // per_token)
+        )
         column = lane.column + segment.start * BLOCK + lane_vector * VECTOR
         first, tokens, vector_bytes = item * shape.tokens, Int64(work.tokens), VECTOR * shape.stage_item_bytes
         for half, (token, octet) in enumerate(both):
-            queries = min(OCTET, shape.num_queries - octet * OCTET)
-            row = lane_row * tokens + (octet * OCTET * tokens + first + token)
+            count = shape.octet_tokens * per_token
+            if shape.octet_tokens == 1:
+                count = min(count, shape.num_queries - octet * OCTET)
+            row = lane_query * tokens + lane_token + (octet * OCTET * tokens + first + token)
             address = outputs.out + (row * shape.hidden_size + column) * ITEM
             staged = stage + lane_row * shape.stage_row_bytes(self.tile) + lane_vector * vector_bytes
-            places = [(r, v) for r in range(0, queries, LANES // width) for v in range(0, vectors, width)]
+            places = [(r, v) for r in range(0, count, at_once) for v in range(0, vectors, width)]
             size = 1 if self.config.stochastic else STORE_BATCH
             for batch in range(0, len(places), size):
                 moved = []
                 for r, v in places[batch : batch + size]:
                     offset = (half * OCTET + r) * shape.stage_row_bytes(self.tile) + v * vector_bytes
-                    values = self.staged(staged, offset, outputs, row + r * tokens, column + v * VECTOR)
-                    moved.append((r, v, values))
-                for r, v, values in moved:
+                    further = r % per_token * tokens + r // per_token
+                    values = self.staged(staged, offset, outputs, row + further, column + v * VECTOR)
+                    moved.append((r, v, further, values))
+                for r, v, further, values in moved:
                     conditions = []
                     if v + width > vectors:
                         conditions.append(lane_vector + v < vectors)
-                    if r + LANES // width > queries:
-                        conditions.append(lane_row + r < queries)
+                    if r + at_once > count:
+                        conditions.append(lane_row + r < count)
+                    if shape.octet_tokens > 1 and shape.num_queries % per_token:
+                        conditions.append(lane_query + r % per_token < shape.num_queries)
                     if self.ragged:
                         conditions.append(column + v * VECTOR < shape.hidden_size)
                     if shape.tokens > 1:
-                        conditions.append(first + token < work.tokens)
+                        conditions.append(first + token + lane_token + r // per_token < work.tokens)
                     present = functools.reduce(operator.and_, conditions) if conditions else None
-                    store_vector(address + r * tokens * (shape.hidden_size * ITEM), v * 16, values, present)
+                    store_vector(address + further * (shape.hidden_size * ITEM), v * 16, values, present)
                 if self.config.stochastic or self.config.scaled_sources:
                     # One batch after the other: together, random bits and addresses spilled.
                     cute.arch.sync_warp()
@@ -1106,6 +1124,9 @@ class QueryReader:
     def load(self, query: Int32 | int, column: Int32) -> list[list[Numeric]]:
         """The 16 or 32 bytes of the query, and of its key weight if there is one."""
         column = self.lane.column + column
+        # As rows of output: see Shape.octet_tokens
+        if self.kernel.shape.octet_tokens > 1:
+            query = query % self.kernel.shape.octet_queries
         inside = Boolean(query < self.config.num_queries)
         if self.kernel.ragged:
             inside = inside & (column < self.config.hidden_size)
