@@ -16,9 +16,11 @@ warps; all walk the same items. Per item, a warp does
     store      rows staged in shared memory, read back in the order of their bytes
 
 in the order logits(k + 1), softmax(k), mix(k), exchange(k + 1), so that no warp waits for a sum that was sent just
-before. Where out is scaled fp16, a row's scale must be known before its first element is rounded: the mix is made once
-before, for the row's largest magnitude alone, which is exchanged as the logits are. One producer thread keeps a ring of
-slots full: 8 row pieces each, of all columns of the CTA or of half of them (a *slab*).
+before. One producer thread keeps a ring of slots full: up to 8 row pieces each, of all columns of the CTA or of half of
+them (a *slab*).
+
+Where out is scaled fp16, a row's scale must be known before its first element is rounded: it is that of a bound of the
+row, sum_n p_sn max|v_n|. The largest magnitudes of the sources are found beside the squares, and exchanged with them.
 
 Clusters draw their items from a counter in device memory. SMs differ in speed: with a fixed share of the items each, the
 first was done 60 to 120 us of 430 before the median (measured on an H200), and the others drifted apart.
