@@ -144,10 +144,6 @@ class Lane(NamedTuple):
     slab: Int32
     column: Int32  # first column of the warp's slice, in the whole row
 
-    def anew(self) -> "Lane":
-        """The same, for what follows from c and q alone, addresses above all, not to be kept from item to item: it spilled."""
-        return self._replace(c=opaque(self.c), q=opaque(self.q))
-
 
 class Weights(NamedTuple):
     """Of an item's rows.
@@ -645,7 +641,6 @@ class Phase1Kernel:
         operand A alike.
         """
         shape = self.shape
-        lane = lane.anew()
         buffer = turn % self.buffers
         cute.arch.mbarrier_wait(memory.reduced_ready + buffer, (turn // self.buffers) & 1)
         totals = memory.reduced + buffer * (self.shares * shape.partial_bytes)
@@ -816,7 +811,6 @@ class Phase1Kernel:
     def mix(self, memory, work: Queue, lane: Lane, outputs: Phase1Outputs, turn: Int32, item: Int32, weights) -> None:
         """Output rows of an item, over the warp's columns, two octets (token, octet of queries) of them at a time."""
         shape, tile = self.shape, self.tile
-        lane = lane.anew()
         rows = self.item_rows(memory, lane, turn)
         stage = memory.stage + lane.warp * shape.stage_bytes(tile)
         for both in self.output_pairs():
