@@ -25,6 +25,7 @@ MAX_WARPS = 8
 # addresses.
 QUERY_REGISTERS = 128
 WEIGHT_REGISTERS = 16  # of an item, beside as many query fragments; those of 32 queries over 24 sources spilled
+RANDOM_REGISTERS = 32  # less for query fragments where out is rounded stochastically
 RUN_BYTES = 512  # of a row that is stored at a time, where there is room: one instruction of a warp
 # A ring holds three or four tokens (measured on an H200: more did not help), and at least this much, which hides the
 # latency of device memory.
@@ -361,7 +362,8 @@ def _tile(shape: Shape, cluster: int) -> Phase1Tile | None:
 def _ring(shape: Shape, cluster: int, warps: int, blocks: int) -> Phase1Tile | None:
     """The best ring, stores and exchange for these warps, or None when queries or rows do not fit."""
     queries, weights = shape.operand_octets * blocks * BLOCK // 8, 2 * shape.octets * shape.groups
-    if queries > QUERY_REGISTERS or queries + weights > QUERY_REGISTERS + WEIGHT_REGISTERS:
+    most = QUERY_REGISTERS - RANDOM_REGISTERS * shape.stochastic
+    if queries > most or queries + weights > most + WEIGHT_REGISTERS:
         return None
     run = min(RUN_BYTES // (BLOCK * shape.stage_item_bytes), blocks)
     halves = 2 if warps % 2 == 0 else 1
