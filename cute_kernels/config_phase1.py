@@ -24,7 +24,8 @@ MAX_WARPS = 8
 # Of a consumer's 232 to 255 registers, what query fragments may take; the rest holds accumulators, weights and
 # addresses.
 QUERY_REGISTERS = 128
-MAX_WAITING = 3  # octets of queries times groups of sources with scaled output
+WEIGHT_REGISTERS = 16  # of an item, beside as many query fragments; those of 32 queries over 24 sources spilled
+RANDOM_REGISTERS = 32  # less for query fragments where out is rounded stochastically
 RUN_BYTES = 512  # of a row that is stored at a time, where there is room: one instruction of a warp
 # A ring holds three or four tokens (measured on an H200: more did not help), and at least this much, which hides the
 # latency of device memory.
@@ -41,16 +42,16 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def query_terms(dtype: str, query: str, key_weight: str | None) -> int:
+def query_terms(dtype: str, query: str, key_weight: str | None, scaled: bool = False) -> int:
     """How many numbers of the storage dtype add up to an effective query, query * key_weight.
 
     Two bf16 numbers have 17 bits (each has 8, the second a sign of its own), enough for a product of two bf16 numbers;
     with 17 of fp32's 24 bits, logits were off by 2.5e-6 (measured on an H200), lse past its budget. Two fp16 numbers
-    have 23.
+    have 23. scaled: fp16 terms are those of a query times a power of two, which takes bf16's 8 bits into one of them.
     """
-    if key_weight is None and query == dtype:
-        return 1
     bits = MANTISSA_BITS[query] + (MANTISSA_BITS[key_weight] if key_weight else 0)
+    if (key_weight is None and query == dtype) or (scaled and dtype == "fp16" and bits <= MANTISSA_BITS["fp16"]):
+        return 1
     return 3 if dtype == "bf16" and bits > 17 else 2
 
 
@@ -62,6 +63,9 @@ class Phase1Outputs(NamedTuple):
     lse: Any  # [S, T] fp32
     logits: Any  # [S, N, T] fp32
     rstd: Any  # [N, T] fp32
+    # Of out's rounding, themselves: the seed, and how many rows of it are other launches'
+    seed: Any
+    first_row: Any
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,9 @@ class Phase1Tile:
     cluster: int
     warps: int
     blocks: int
-    slabs: int  # a slot of the ring holds the rows' columns of warps / slabs warps
+    # A slot of the ring holds up to 8 of an item's rows, those of one group of sources, over the columns of warps / slabs
+    # warps.
+    slabs: int
     slots: int
     segment: int  # blocks that are staged at a time
     # How sums cross warps. False: each warp adds up one share of them and sends it to every CTA. True: each warp sends
@@ -95,13 +101,16 @@ class Phase1Config:
     num_queries: int  # of one launch
     logits: bool
     rstd: bool
-    scaled_out: bool  # out is scaled fp16
+    out: str  # "bf16", "fp16" or "fp16_scaled"
+    scaled_sources: bool
+    stochastic: bool  # out is rounded stochastically
     tile: Phase1Tile
 
     @property
     def shape(self) -> Shape:
-        terms = query_terms(self.dtype, self.query, self.key_weight)
-        return Shape(self.hidden_size, self.num_sources, self.num_queries, terms, self.scaled_out)
+        terms = query_terms(self.dtype, self.query, self.key_weight, scaled=True)
+        sizes = (self.hidden_size, self.num_sources, self.num_queries, terms)
+        return Shape(*sizes, self.out == "fp16_scaled", self.scaled_sources, self.stochastic)
 
     @property
     def threads(self) -> int:
@@ -129,6 +138,8 @@ class Shape:
     num_queries: int
     terms: int  # of a query: see query_terms
     scaled_out: bool
+    scaled_sources: bool
+    stochastic: bool
 
     @property
     def octets(self) -> int:
@@ -161,14 +172,29 @@ class Shape:
         return OCTET // self.tokens
 
     @property
+    def octet_queries(self) -> int:
+        """Of an octet of output rows, with those that are vacant: a power of two if several tokens share it."""
+        return OCTET if self.tokens == 1 else min(1 << (self.num_queries - 1).bit_length(), OCTET)
+
+    @property
+    def octet_tokens(self) -> int:
+        """Whose output rows share an octet: row c is query c % octet_queries of token c // octet_queries of them."""
+        return min(OCTET // self.octet_queries, self.tokens)
+
+    @property
     def out_octets(self) -> int:
         """Of output rows of one item."""
-        return self.tokens * self.octets
+        return self.tokens // self.octet_tokens * self.octets
 
     @property
     def partial_bytes(self) -> int:
-        """One warp's share of an item's sums, for every group: logits [octets, 8 queries, 8 columns], squares [8]."""
-        return self.groups * (self.octets * 256 + 32)
+        """One warp's share of an item's sums."""
+        return self.groups * self.group_bytes
+
+    @property
+    def group_bytes(self) -> int:
+        """Logits [octets, 8 queries, 8 columns], squares [8]; if out is scaled fp16, the rows' largest magnitudes [8]."""
+        return self.octets * 256 + 32 * (1 + self.scaled_out)
 
     def operand_registers(self, tile: Phase1Tile) -> int:
         """Per thread, for query fragments."""
@@ -181,21 +207,38 @@ class Shape:
         """A slot's row. With 16 bytes more than the columns have, eight rows start in different banks."""
         return self.cta_columns(tile) // tile.slabs * ITEM_BYTES + 16
 
-    def slot_bytes(self, tile: Phase1Tile) -> int:
-        return OCTET * self.row_bytes(tile)
+    def slot_rows(self, group: int) -> int:
+        """Those that an item has of a group of sources: 8 but where sources are too few, and in the last of several."""
+        return self.tokens * min(self.num_sources - group * OCTET, OCTET)
+
+    @property
+    def even_slots(self) -> bool:
+        """Whether all slots are of one size."""
+        return self.slot_rows(0) == self.slot_rows(self.groups - 1)
+
+    def item_bytes(self, tile: Phase1Tile) -> int:
+        return self.tokens * self.num_sources * tile.slabs * self.row_bytes(tile)
+
+    def ring_bytes(self, tile: Phase1Tile) -> int:
+        return tile.slots * self.item_bytes(tile) // self.slots_per_item(tile)
 
     def slots_per_item(self, tile: Phase1Tile) -> int:
         return self.groups * tile.slabs
 
     def fixed_places(self, tile: Phase1Tile) -> bool:
-        """Whether each slot must hold the same part of every item, so that what no copy writes stays zero there: when
-        parts differ in their columns (the last slab of a row that ends early) or rows (the last group).
+        """Whether each slot must hold the same part of every item: when parts differ in their rows (the last group), or in
+        their columns (the last slab of a row that ends early), so that what no copy writes stays zero there.
         """
         ragged = tile.cluster * self.cta_columns(tile) != self.hidden_size
-        return (ragged and tile.slabs > 1) or (self.groups > 1 and self.num_sources % OCTET != 0)
+        return (ragged and tile.slabs > 1) or not self.even_slots
 
     def stage_row_bytes(self, tile: Phase1Tile) -> int:
-        return tile.segment * BLOCK * ITEM_BYTES + 16
+        return tile.segment * BLOCK * self.stage_item_bytes + 16
+
+    @property
+    def stage_item_bytes(self) -> int:
+        """Staged in fp32 where random bits round what leaves the staging buffer."""
+        return 4 if self.stochastic else ITEM_BYTES
 
     def stage_bytes(self, tile: Phase1Tile) -> int:
         """One warp's staging buffer: the two octets of rows that an mma makes."""
@@ -213,32 +256,33 @@ class Shape:
         sums = 4 * tile.warps * tile.cluster if tile.direct else 2 * (tile.warps + tile.cluster)
         return sums * self.partial_bytes
 
-    @property
-    def peak_bytes(self) -> int:
-        """One warp's largest magnitudes of an item's output rows."""
-        return self.out_octets * OCTET * 4 * self.scaled_out
-
     def places(self, tile: Phase1Tile) -> int:
         """Of items drawn by a cluster's first CTA for the others': one more than its ring can hold."""
         return tile.slots + 1 if tile.cluster > 1 else 0
 
-    def peaks_bytes(self, tile: Phase1Tile) -> int:
-        """Two buffers of every warp's."""
-        return 2 * tile.warps * tile.cluster * self.peak_bytes
+    def scales_bytes(self, tile: Phase1Tile) -> int:
+        """Each warp's two buffers of a scale for each lane."""
+        return 2 * tile.warps * LANES * 4 * self.scaled_sources
+
+    @property
+    def table_bytes(self) -> int:
+        """Address and stride of each source's scales."""
+        return self.num_sources * 16 * self.scaled_sources
 
     def fixed_bytes(self, tile: Phase1Tile) -> int:
-        """All but the ring: staging, third terms, buffers of sums and of peaks, barriers and items of the longest ring."""
+        """All but the ring: staging, third terms, buffers of sums and scales, barriers and items of the longest ring."""
         return (
             tile.warps * (self.stage_bytes(tile) + self.third_bytes(tile))
             + self.exchange_bytes(tile)
-            + self.peaks_bytes(tile)
+            + self.scales_bytes(tile)
+            + self.table_bytes
             + 8 * (2 * MAX_SLOTS + 6)
             + 4 * MAX_SLOTS
             + 12 * (MAX_SLOTS + 1) * (tile.cluster > 1)
         )
 
     def shared_bytes(self, tile: Phase1Tile) -> int:
-        return self.fixed_bytes(tile) + tile.slots * self.slot_bytes(tile)
+        return self.fixed_bytes(tile) + self.ring_bytes(tile)
 
 
 MAX_SLOTS = 32
@@ -254,26 +298,26 @@ def phase1_config(
     num_queries: int,
     logits: bool = False,
     rstd: bool = False,
-    scaled_out: bool = False,
+    out: str | None = None,
+    scaled_sources: bool = False,
+    stochastic: bool = False,
 ) -> Phase1Config:
     """The configuration of one launch. It may take fewer queries than asked for: the launcher then runs it in turn on
     each part.
 
     Sources are then read once per part, which only problems do whose queries exceed the registers of a cluster of four.
     """
-    terms = query_terms(dtype, query, key_weight)
+    terms = query_terms(dtype, query, key_weight, scaled=True)
+    out = out or dtype
     parts = [min(ceil_div(ceil_div(num_queries, n), OCTET) * OCTET, num_queries) for n in (1, 2, 4)]
     parts[0] = num_queries
     for queries, clusters in [*((part, (1, 2, 4)) for part in parts), *((part, (8,)) for part in parts)]:
-        shape = Shape(hidden_size, num_sources, queries, terms, scaled_out)
-        # Weights wait for the peaks in registers: four octets of them spilled at D 4096, N 16, fp32 queries.
-        if scaled_out and shape.octets > 1 and shape.octets * shape.groups > MAX_WAITING:
-            continue
+        shape = Shape(hidden_size, num_sources, queries, terms, out == "fp16_scaled", scaled_sources, stochastic)
         tiles = [tile for tile in (_tile(shape, cluster) for cluster in clusters) if tile]
         if tiles:
             # The smallest cluster, unless a larger one has a much better ring and stores.
             tile = min(tiles, key=lambda t: shortfall(shape, t) + tiles.index(t))
-            options = (logits, rstd, scaled_out)
+            options = (logits, rstd, out, scaled_sources, stochastic)
             return Phase1Config(dtype, query, key_weight, hidden_size, num_sources, queries, *options, tile)
     raise ValueError(f"no tile for hidden size {hidden_size}, {num_sources} sources, {num_queries} queries")
 
@@ -285,7 +329,7 @@ def shortfall(shape: Shape, tile: Phase1Tile) -> int:
     two and a half and 512 bytes 0.816, two and 512 bytes 0.798, three and 128 bytes 0.780; at D = 4096, N = 12, S = 16:
     two tokens 0.630.
     """
-    run = min(RUN_BYTES // (BLOCK * ITEM_BYTES), tile.blocks)
+    run = min(RUN_BYTES // (BLOCK * shape.stage_item_bytes), tile.blocks)
     two = tile.slots < 2.5 * shape.slots_per_item(tile)
     return 2 * two + (tile.segment < run) + 2 * (tile.segment < min(run, 2))
 
@@ -317,9 +361,11 @@ def _tile(shape: Shape, cluster: int) -> Phase1Tile | None:
 
 def _ring(shape: Shape, cluster: int, warps: int, blocks: int) -> Phase1Tile | None:
     """The best ring, stores and exchange for these warps, or None when queries or rows do not fit."""
-    if shape.operand_octets * blocks * BLOCK // 8 > QUERY_REGISTERS:
+    queries, weights = shape.operand_octets * blocks * BLOCK // 8, 2 * shape.octets * shape.groups
+    most = QUERY_REGISTERS - RANDOM_REGISTERS * shape.stochastic
+    if queries > most or queries + weights > most + WEIGHT_REGISTERS:
         return None
-    run = min(RUN_BYTES // (BLOCK * ITEM_BYTES), blocks)
+    run = min(RUN_BYTES // (BLOCK * shape.stage_item_bytes), blocks)
     halves = 2 if warps % 2 == 0 else 1
     # Two tokens are the least that a ring holds: logits of one are made before the mix of the last. A ring of half rows
     # (two slabs) can hold two and a half.
@@ -338,10 +384,10 @@ def _ring(shape: Shape, cluster: int, warps: int, blocks: int) -> Phase1Tile | N
     fitting = []
     for slabs, tokens, segment, exchange in choices:
         tile = Phase1Tile(cluster, warps, blocks, slabs, 0, segment, exchange)
-        fit = (SHARED_BYTES - SCRATCH_BYTES - shape.fixed_bytes(tile)) // shape.slot_bytes(tile)
-        per_item = shape.slots_per_item(tile)
+        per_item, item_bytes = shape.slots_per_item(tile), shape.item_bytes(tile)
+        fit = (SHARED_BYTES - SCRATCH_BYTES - shape.fixed_bytes(tile)) * per_item // item_bytes
         # Over a cluster, the fourth token was no gain
-        wanted = max((4 if cluster == 1 else 3) * per_item, ceil_div(RING_BYTES, shape.slot_bytes(tile)))
+        wanted = max((4 if cluster == 1 else 3) * per_item, ceil_div(RING_BYTES * per_item, item_bytes))
         slots = min(fit, wanted, MAX_SLOTS)
         if shape.fixed_places(tile):
             slots -= slots % per_item
@@ -397,7 +443,21 @@ def phase1_configs() -> Iterator[tuple[str, Callable[[Any], Any], Phase1Config]]
     yield "phase1_fwd", build, config(4096, 12, 16)
     yield "phase1_fwd", build, config(8192, 8, 16)
     for shape in ((2048, 4, 8), (4096, 8, 16), (2048, 8, 16), (7168, 8, 16), (7168, 8, 24)):
-        yield "phase1_fwd", build, config(*shape, scaled_out=True)
-    given: dict[str, Any] = {"query": "fp32", "logits": True, "rstd": True, "scaled_out": True}
+        yield "phase1_fwd", build, config(*shape, out="fp16_scaled")
+    given: dict[str, Any] = {"query": "fp32", "logits": True, "rstd": True, "out": "fp16_scaled"}
     yield "phase1_fwd", build, config(4096, 16, 32, dtype="fp16", **given)
     yield "phase1_fwd", build, config(2312, 1, 16, key_weight="fp32", **given)
+    for shape in ((2048, 4, 8), (4096, 8, 16), (2048, 8, 16), (7168, 8, 16), (7168, 8, 24)):
+        for out in ("bf16", "fp16_scaled"):
+            yield "phase1_fwd", build, config(*shape, dtype="fp16", out=out, scaled_sources=True)
+    given |= {"dtype": "fp16", "scaled_sources": True}
+    yield "phase1_fwd", build, config(4096, 16, 32, **given)
+    yield "phase1_fwd", build, config(2312, 1, 16, key_weight="fp32", **given)
+    for shape in ((2048, 4, 8), (4096, 8, 16), (7168, 8, 16), (7168, 8, 24)):
+        yield "phase1_fwd", build, config(*shape, stochastic=True)
+    yield "phase1_fwd", build, config(2304, 9, 12, **given, stochastic=True)
+    # Tokens that share an octet of output rows
+    yield "phase1_fwd", build, config(4096, 1, 2)
+    yield "phase1_fwd", build, config(4096, 3, 2, key_weight="fp32", logits=True, rstd=True)
+    yield "phase1_fwd", build, config(2048, 2, 3, **given)
+    yield "phase1_fwd", build, config(72, 3, 1, key_weight="bf16", **given | {"out": "fp16"})

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from cute_kernels.compile import cached_kernel, compile_kernel
-from cute_kernels.config import ALIGNMENT, PARAMETER_DTYPES
+from cute_kernels.config import ALIGNMENT, DTYPES, PARAMETER_DTYPES
 from cute_kernels.config_phase1 import Phase1Config, Phase1Outputs, phase1_config
 from cute_kernels.mix_fwd import address, current_stream, dtype_of, mix_fwd, sm_count
 
@@ -20,7 +21,7 @@ def build(config: Phase1Config) -> Any:
 
     from cute_kernels.device.phase1 import Phase1Kernel
 
-    rows = [Int64(0)] * config.num_sources
+    rows = [Int64(0)] * (config.num_sources * (1 + config.scaled_sources))
     outputs = Phase1Outputs(*[Int64(0)] * len(Phase1Outputs._fields))
     numbers = (Int32(1), Float32(1.0), Float32(1.0), Int32(1))
     return compile_kernel(
@@ -38,7 +39,9 @@ def kernel_for(
     num_queries: int,
     logits: bool,
     rstd: bool,
-    scaled_out: bool,
+    out: str,
+    scaled_sources: bool,
+    stochastic: bool,
 ) -> tuple[Phase1Config, Any]:
     """The next launch's configuration, and the kernel compiled for it."""
     config = phase1_config(
@@ -50,7 +53,9 @@ def kernel_for(
         num_queries=num_queries,
         logits=logits,
         rstd=rstd,
-        scaled_out=scaled_out,
+        out=out,
+        scaled_sources=scaled_sources,
+        stochastic=stochastic,
     )
     return config, build(config)
 
@@ -66,16 +71,19 @@ def phase1_fwd(
     logits: torch.Tensor | None,  # [S, N, T] fp32
     rstd: torch.Tensor | None,  # [N, T] fp32
     *,
+    source_scales: Sequence[torch.Tensor] | None = None,  # N of [T] fp32
     out_scale: torch.Tensor | None = None,  # [S, T] fp32
+    seed: int | None = None,
 ) -> None:
     """out, lse, logits = phase 1 of all queries; rstd_n = (mean(v_n^2) + eps)^(-1/2).
 
-    Sources and out are both bf16 or both fp16 (out fp16 beside either where it has scales, which are then chosen here);
-    queries and key weights are bf16, fp16 or fp32; rows of sources start at multiples of 16 bytes.
+    Sources and out are both bf16 or both fp16. With scales, a powers of two for each row, either is fp16 beside any
+    of the other's dtypes; those of out are chosen here. Queries and key weights are bf16, fp16 or fp32; rows of sources
+    start at multiples of 16 bytes.
     Moves (N + S) T D elements, when one launch takes all queries (config_phase1). Deterministic.
     """
     num_queries, tokens, hidden_size = out.shape
-    if num_queries == 1 and out_scale is None:
+    if num_queries == 1 and out_scale is None and source_scales is None and seed is None:
         # A direct mix, which the row kernel does at up to twice the speed (N = 1, D = 4096: .51 of copy bandwidth here).
         weight, row_logits = (None if tensor is None else tensor[0] for tensor in (key_weights, logits))
         mix_fwd(sources, queries[0], weight, None, eps, eps, scale, out[0], None, row_logits, rstd, lse[0], None)
@@ -83,8 +91,9 @@ def phase1_fwd(
     queries, key_weights = aligned(queries), None if key_weights is None else aligned(key_weights)
     stream = current_stream(out.device)
     counter = item_counter(out.device, stream)
-    addresses = [source.data_ptr() for source in sources]
-    strides = [source.stride(0) for source in sources]
+    rows = [*sources, *(source_scales or ())]
+    addresses, strides = [row.data_ptr() for row in rows], [row.stride(0) for row in rows]
+    out_format = DTYPES[out.dtype] if out_scale is None else "fp16_scaled"
     first = 0
     while first < num_queries:
         # The source statistics are the same for every part of the queries.
@@ -98,7 +107,9 @@ def phase1_fwd(
             num_queries - first,
             logits is not None,
             wanted_rstd is not None,
-            out_scale is not None,
+            out_format,
+            source_scales is not None,
+            seed is not None,
         )
         outputs = Phase1Outputs(
             out=address_of(out, first),
@@ -106,6 +117,8 @@ def phase1_fwd(
             lse=address_of(lse, first),
             logits=address_of(logits, first),
             rstd=address(wanted_rstd),
+            seed=seed or 0,
+            first_row=first * tokens,
         )
         kernel(
             addresses,

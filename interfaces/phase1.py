@@ -62,7 +62,7 @@ def phase_1(
         eps: epsilon of the keys' RMSNorm.
         rms_weight: weight of the keys' RMSNorm: [D] for all sites, or [S, D], one per site; None is a weight of ones.
         scale: factor of the logits.
-        storage: "fp16_scaled" stores out as a ScaledTensor; None as a plain tensor.
+        storage: "fp16_scaled" stores out as a ScaledTensor, with scales of the bounds sum_i p_si max |v_i|; None as a plain tensor.
         out_dtype: dtype of out (of a ScaledTensor: the one it acts as), of those that dtypes.TABLE lists; None is the blocks'.
         stochastic_seed: None rounds out to nearest; an int rounds it and the blocks' gradient stochastically, with this seed
             (rounding.py says how). Each call that is to round independently needs a seed of its own.

@@ -82,9 +82,13 @@ def store(
     seed: int | None = None,
     stream: int = 0,
     first_row: int = 0,
+    bound: Tensor | None = None,
 ) -> None:
-    """float32 rows [T, D] into target [T, D]: as scaled fp16 where `scale` [T] is given, stochastically where `seed` is."""
+    """float32 rows [T, D] into target [T, D]: as scaled fp16 where `scale` [T] is given, stochastically where `seed` is.
+
+    The scale is filled here: that of the row's largest magnitude, or of a `bound` [T] of it.
+    """
     if scale is not None:
-        scale.copy_(scaled.row_scale(rows))
+        scale.copy_(scaled.row_scale(rows) if bound is None else scaled.scale_of(bound))
         rows = rows * scaled.inverse(scale).unsqueeze(-1)
     target.copy_(rows if seed is None else stochastic(rows, target.dtype, seed, stream, first_row))

@@ -36,6 +36,9 @@ class ScaledTensor:
     - m < 2^-112, subnormal numbers included: 2^-126, the smallest normal number. Elements from 2^-140 up keep 11 significant
       bits, smaller ones are exact.
     - m = 0, or no finite element: 1. Infinity and NaN play no part in m and stay as they are.
+    - Results of phase_1: m is not the largest magnitude of the row, but what bounds it before the mix is made,
+      sum_i p_i max |v_i|. Where sources cancel, smaller elements of the row keep fewer bits than stated above, but more than
+      the float32 sums that they come from.
 
     Only a magnitude that rounds to 2^128 itself, within 2^-12 of float32's largest number, comes back as infinity.
 
@@ -168,10 +171,21 @@ class ScaledTensor:
 
 def row_scale(rows: Tensor) -> Tensor:
     """The scale [...] of float32 rows [..., D], as ScaledTensor states it."""
+    return scale_of(peak(rows))
+
+
+def peak(rows: Tensor) -> Tensor:
+    """The largest finite magnitude [...] of float32 rows [..., D]; 0 where there is none."""
     bits = rows.contiguous().view(torch.int32) & 0x7FFFFFFF
-    peak = torch.where(bits < _INFINITE_BITS, bits, 0).amax(-1)
-    exponent = ((peak >> 23) - _PEAK_EXPONENT).clamp_min(1)
-    return (torch.where(peak == 0, 127, exponent) << 23).to(torch.int32).view(torch.float32)
+    return torch.where(bits < _INFINITE_BITS, bits, 0).amax(-1).to(torch.int32).view(torch.float32)
+
+
+def scale_of(bound: Tensor) -> Tensor:
+    """The scale [...] of rows of at most these float32 magnitudes; NaN bounds nothing, and is taken for 0."""
+    bits = bound.contiguous().view(torch.int32).clamp_max(_INFINITE_BITS - 1)
+    bits = torch.where(bound.isnan(), 0, bits)
+    exponent = ((bits >> 23) - _PEAK_EXPONENT).clamp_min(1)
+    return (torch.where(bits == 0, 127, exponent) << 23).to(torch.int32).view(torch.float32)
 
 
 def inverse(scale: Tensor) -> Tensor:

@@ -107,12 +107,14 @@ def phase1_fwd(
     units, _ = _units(source_scales, len(sources))
     sources = _represented(sources, source_scales)
     row_rstd = torch.stack([_rstd(source.float(), eps, unit) for source, unit in zip(sources, units, strict=True)])
+    largest = None if out_scale is None else torch.stack([scaled.peak(source.float()) for source in sources])
     for s in range(queries.shape[0]):
         row_logits = torch.stack(
             [scale * r * _dot(source.float(), u[s]) for source, r in zip(sources, row_rstd, strict=True)]
         )
-        m, row_scale = _weighted_sum(row_logits.softmax(0), sources), None if out_scale is None else out_scale[s]
-        rounding.store(out[s], m, row_scale, seed, rounding.PHASE_1_OUT, s * len(m))
+        p, row_scale = row_logits.softmax(0), None if out_scale is None else out_scale[s]
+        m, bound = _weighted_sum(p, sources), None if largest is None else (p * largest).sum(0)
+        rounding.store(out[s], m, row_scale, seed, rounding.PHASE_1_OUT, s * len(m), bound)
         lse[s].copy_(row_logits.logsumexp(0))
         if logits is not None:
             logits[s].copy_(row_logits)

@@ -24,7 +24,9 @@ SHARED_LIMIT = 227 * 1024
 def name(case: tuple) -> str:
     config = case[2]
     weight = f"x{config.key_weight}" if config.key_weight else ""
-    return f"D{config.hidden_size}-N{config.num_sources}-S{config.num_queries}-{config.dtype}-{config.query}{weight}"
+    scaled = "-scaled" if isinstance(config, Phase1Config) and config.scaled_sources else ""
+    sizes = f"D{config.hidden_size}-N{config.num_sources}-S{config.num_queries}"
+    return f"{sizes}-{config.dtype}{scaled}-{config.query}{weight}"
 
 
 @pytest.mark.parametrize("case", list(phase1_configs()), ids=name)
@@ -44,14 +46,16 @@ def test_machine_code(case):
     assert not re.search(r"\b(LDS|STS|LDG|STG)\.[A-Z.]*[US]?(8|16)\b", inspection.sass)
 
 
-def choose(hidden_size: int, num_sources: int, num_queries: int, query: str) -> Phase1Config:
+def choose(hidden_size: int, num_sources: int, num_queries: int, query: str, scaled: bool = False) -> Phase1Config:
     return phase1_config(
-        dtype="bf16",
+        dtype="fp16" if scaled else "bf16",
         query=query,
         key_weight=None,
         hidden_size=hidden_size,
         num_sources=num_sources,
         num_queries=num_queries,
+        out="fp16_scaled" if scaled else None,
+        scaled_sources=scaled,
     )
 
 
@@ -59,10 +63,9 @@ def test_every_shape_gets_a_tile_that_fits():
     # A tile depends on the hidden size in blocks of 64, on sources and queries in octets (and on N up to 4 exactly).
     sizes = [8, 72, *range(64, 8193, 64), 4104, 8184]
     sources = [1, 2, 3, 4, 5, 8, 9, 16, 17, 24, 25, 32]
-    for hidden_size, num_sources, num_queries, query in itertools.product(
-        sizes, sources, [1, 9, 24, 32], ["bf16", "fp32"]
-    ):
-        config = choose(hidden_size, num_sources, num_queries, query)
+    for *given, scaled in itertools.product(sizes, sources, [1, 9, 24, 32], ["bf16", "fp32"], [False, True]):
+        config = choose(*given, scaled)
+        hidden_size = config.hidden_size
         shape, tile = config.shape, config.tile
         assert config.shared_bytes <= SHARED_LIMIT
         assert config.threads <= 384

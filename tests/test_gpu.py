@@ -24,6 +24,7 @@ SHAPES = (
     Shape(7, 7186, 5, 3),
     Shape(2, 8, 2, 2),
     Shape(61, 72, 32, 32, checkpoint_level=0),
+    Shape(77, 2048, 1, 3),
 )
 
 

@@ -290,6 +290,27 @@ def test_it_is_stored_when_asked(op: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_phase_1_takes_the_scale_of_a_bound(backend: str) -> None:
+    """sum_n p_n max |v_n|: the row's own where there is one block, little more else; a block without weight has no part."""
+    blocks = [rows(6, 72, seed=seed) for seed in range(3)]
+    options = {"storage": SCALED_FP16, "backend": backend}
+    out, _ = attnres.phase_1(blocks, rows(2, 72, seed=3), EPS, **options)
+    exact = oracle.phase1(blocks, rows(2, 72, seed=3), EPS).out.float()
+    ratio = out.scale / ScaledTensor.from_tensor(exact).scale
+    assert (ratio >= 1).all()
+    assert (ratio <= 4).all()
+    one, _ = attnres.phase_1(blocks[:1], rows(2, 72, seed=3), EPS, **options)
+    assert torch.equal(one.scale, ScaledTensor.from_tensor(blocks[0].expand(2, 6, 72)).scale)
+    opposed, _ = attnres.phase_1([blocks[0], -blocks[0]], torch.zeros(1, 72), EPS, **options)
+    assert torch.equal(opposed.scale[0], one.scale[0])
+    assert (opposed.values == 0).all()
+    # logits of 1000 and -1000: the larger block has a weight of zero
+    query = 1000 * blocks[0][:1] / blocks[0][0].norm()
+    alone, _ = attnres.phase_1([blocks[0][:1], -(2.0**20) * blocks[0][:1]], query, EPS, **options)
+    assert torch.equal(alone.scale[0], one.scale[0, :1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_stacked_blocks_are_the_blocks_one_by_one(backend: str) -> None:
     stacked = ScaledTensor.from_tensor(magnitudes(6, 40).view(3, 2, 40)).requires_grad_()
     separate = [part.detach().clone().requires_grad_() for part in stacked.detach().unbind()]
@@ -476,7 +497,7 @@ def test_hopper_makes_it_and_takes_its_gradients(shape: Shape, ran: list[tuple[s
     assert broken("phase1", case, results, storage=SCALED_FP16) == {}
     assert torch.equal(results["out"].values, again["out"].values)
     assert torch.equal(results["out"].scale, again["out"].scale)
-    for op in ("phase2", "mix"):
+    for op in ("phase1", "phase2", "mix"):
         case = scaled_case(op, shape, "cuda")
         assert broken(op, case, call(op, case.arguments, case.grad_outputs, backend="auto")) == {}
     launches = {("phase1_fwd", "cute"), ("phase2_fwd", "cute"), ("phase2_bwd", "cute"), ("mix_bwd", "cute")}
@@ -529,6 +550,43 @@ def test_hopper_mixes_scaled_sources(op: str, shape: Shape, ran: list[tuple[str,
             for part in ("values", "scale"):
                 stored, wanted = (getattr(value, part) for value in (found[name], getattr(expected, name)))
                 assert torch.equal(stored.nan_to_num(nan=0.5), wanted.nan_to_num(nan=0.5)), (name, part)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("storage", [None, SCALED_FP16])
+@pytest.mark.parametrize(
+    ("query", "weighted"), [(torch.bfloat16, False), (torch.float16, False), (torch.float32, True)]
+)
+@pytest.mark.parametrize(
+    ("tokens", "size", "depth", "queries"),
+    [(257, 2048, 4, 8), (67, 7168, 8, 16), (301, 384, 1, 2), (77, 2304, 2, 12), (61, 8192, 12, 24), (9, 72, 32, 1)],
+)
+def test_phase_1_on_hopper_takes_blocks_of_any_magnitude(
+    tokens: int, size: int, depth: int, queries: int, query: torch.dtype, weighted: bool, storage: str | None
+) -> None:
+    """Magnitudes apart by up to 2^80 within a token, rows of zeros, of 1e30 and of subnormal numbers; each row's error."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the CuTe kernels need a Hopper GPU")
+    value = rows(depth, tokens, size, seed=1)
+    value *= torch.exp2(torch.randint(-40, 41, (depth, tokens, 1), generator=torch.Generator().manual_seed(2)))
+    value[:, 3:6] = rows(depth, 3, size, seed=3) * torch.tensor([0.0, 1e30, 3e-40])[:, None]
+    blocks = ScaledTensor.from_tensor(value.cuda(), torch.bfloat16)
+    given = rows(queries, size, seed=4).to("cuda", query) * (2 / size**0.5)
+    weight = 1 + rows(size, seed=5).cuda() / 5 if weighted else None
+    poison = torch.full((queries + 1, tokens, size), math.nan, device="cuda")
+    del poison
+    out, lse = attnres.phase_1(blocks, given, EPS, weight, storage=storage, backend="cute")
+    exact = oracle.phase1(blocks, given, EPS, weight)
+    assert (lse - exact.lse).abs().max() <= 2e-6 * exact.lse.abs().max()
+    kept = exact.out.float()
+    stored = ScaledTensor.from_tensor(kept) if storage else kept.bfloat16()
+    if storage:
+        assert ((out.scale >= stored.scale) & (out.scale <= 64 * stored.scale)).all()
+    largest = exact.out.abs().amax(-1, keepdim=True).clamp_min(2.0**-120)
+    error, floor = (((found.to(torch.float64) - exact.out) / largest).norm(dim=-1) for found in (out, stored))
+    assert error.norm() <= 1.05 * floor.norm()
+    # a block alone may be exact
+    assert (error <= 1.2 * floor + 1e-6).all()
 
 
 @pytest.mark.gpu

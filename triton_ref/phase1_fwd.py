@@ -5,7 +5,7 @@
 
 One program a token. It first takes whole rows, a few queries at a time, to the softmax weights p (fp32 [T, N, S], the
 only scratch); then tiles of D, all queries at once, to the mixes. The sources come from device memory once and from
-cache after that: (N+S) E bytes. Where out is scaled fp16, the mixes are made once before, for the largest of each row.
+cache after that: (N+S) E bytes. Where out is scaled fp16, a row's scale is that of sum_n p_sn max|v_n|, a bound of it.
 """
 
 from __future__ import annotations
@@ -17,22 +17,8 @@ import triton
 import triton.language as tl
 
 from triton_ref import config
-from triton_ref.device.rounding import PHASE_1_OUT, peak_bits, scale_from
+from triton_ref.device.rounding import PHASE_1_OUT, bound_bits, peak_bits, scale_from
 from triton_ref.device.rows import inverse_rms, load_keys, load_row, load_scale, row_of, scale_of, store_row, unit_of
-
-
-@triton.jit
-def mix_tile(
-    p_p, p_sources, source_strides, p_scales, scale_strides, t, num_sources, o_s, m_s, o_d,
-    N: tl.constexpr, S: tl.constexpr, D: tl.constexpr
-):  # fmt: skip
-    """[TILE_S, TILE_D] of the mixes of all queries."""
-    b_mix = tl.zeros([o_s.shape[0], o_d.shape[1]], tl.float32)
-    for n in range(num_sources):
-        b_p = tl.load(p_p + n * S + o_s, mask=m_s, other=0.0)
-        b_v = load_row(row_of(p_sources, source_strides, n, t, N), o_d, D)
-        b_mix += b_p[:, None] * (b_v * scale_of(p_scales, scale_strides, n, t, N))
-    return b_mix
 
 
 @triton.jit(do_not_specialize=["T", "num_sources", "seed"])
@@ -70,6 +56,7 @@ def phase1_fwd_kernel(
     o_n = tl.arange(0, BLOCK_N)
     m_n = o_n < N
     b_rstd = tl.zeros([BLOCK_N], tl.float32)
+    b_largest = tl.zeros([BLOCK_N], tl.float32)
     # [1, BLOCK_D], so that a source row and the rows of the queries have one layout.
     o_row = tl.arange(0, BLOCK_D)[None, :]
     for first in range(0, S, BLOCK_S):
@@ -86,13 +73,19 @@ def phase1_fwd_kernel(
             b_r = inverse_rms(b_v, eps, D, unit_of(row_scale), axis=1)
             b_logit = scale * (b_r * tl.sum(b_u * b_v, axis=1))
             b_rstd = tl.where(o_n == n, b_r, b_rstd)
+            if p_out_scale is not None:
+                b_largest = tl.where(o_n == n, peak_bits(b_v, 1).to(tl.float32, bitcast=True), b_largest)
             b_logits = tl.where((o_n == n)[None, :], b_logit[:, None], b_logits)
 
         b_peak = tl.max(b_logits, axis=1)
         b_p = tl.exp(b_logits - b_peak[:, None])
         b_total = tl.sum(b_p, axis=1)
+        b_p /= b_total[:, None]
         m_sn = m_s[:, None] & m_n[None, :]
-        tl.store(p_p + o_n[None, :] * S + o_s[:, None], b_p / b_total[:, None], mask=m_sn)
+        tl.store(p_p + o_n[None, :] * S + o_s[:, None], b_p, mask=m_sn)
+        if p_out_scale is not None:
+            b_bound = tl.sum(b_p * b_largest[None, :], axis=1)
+            tl.store(p_out_scale + o_s.to(tl.int64) * T + t, scale_from(bound_bits(b_bound)), mask=m_s)
         tl.store(p_lse + o_s.to(tl.int64) * T + t, b_peak + tl.log(b_total), mask=m_s)
         if p_logits is not None:
             o_sn = o_s.to(tl.int64)[:, None] * N + o_n[None, :]
@@ -100,7 +93,7 @@ def phase1_fwd_kernel(
 
     if p_rstd is not None:
         tl.store(p_rstd + o_n.to(tl.int64) * T + t, b_rstd, mask=m_n)
-    # p goes to the program's other threads through memory.
+    # p and the scales go to the program's other threads through memory.
     tl.debug_barrier()
 
     o_s = tl.arange(0, TILE_S)
@@ -109,21 +102,15 @@ def phase1_fwd_kernel(
     p_out_rows = p_out + o_rows[:, None] * D
     out_scale = load_scale(None, 0)
     if p_out_scale is not None:
-        b_peak = tl.zeros([TILE_S], tl.int32)
-        for first in range(0, D, TILE_D):
-            o_d = first + tl.arange(0, TILE_D)[None, :]
-            b_mix = mix_tile(
-                p_p, p_sources, source_strides, p_scales, scale_strides, t, num_sources, o_s, m_s, o_d, N, S, D
-            )
-            b_peak = tl.maximum(b_peak, peak_bits(b_mix, 1))
-        b_scale = scale_from(b_peak)
-        tl.store(p_out_scale + o_rows, b_scale, mask=m_s)
-        out_scale = b_scale[:, None]
+        out_scale = tl.load(p_out_scale + o_rows, mask=m_s, other=1.0)[:, None]
     for first in range(0, D, TILE_D):
         o_d = first + tl.arange(0, TILE_D)[None, :]
-        b_mix = mix_tile(
-            p_p, p_sources, source_strides, p_scales, scale_strides, t, num_sources, o_s, m_s, o_d, N, S, D
-        )
+        # [TILE_S, TILE_D]
+        b_mix = tl.zeros([TILE_S, TILE_D], tl.float32)
+        for n in range(num_sources):
+            b_p = tl.load(p_p + n * S + o_s, mask=m_s, other=0.0)
+            b_v = load_row(row_of(p_sources, source_strides, n, t, N), o_d, D)
+            b_mix += b_p[:, None] * (b_v * scale_of(p_scales, scale_strides, n, t, N))
         store_row(
             p_out_rows, b_mix, o_d, m_s[:, None] & (o_d < D), out_scale, seed, PHASE_1_OUT, o_rows[:, None], first
         )

@@ -121,6 +121,11 @@ def unpack(dtype: type[Numeric], pair: Pair) -> tuple[Float32, Float32]:
     return first, second
 
 
+def larger_magnitudes(dtype: type[Numeric], first: Pair, second: Pair) -> Pair:
+    """Element by element, with signs that mean nothing; a number where the other is NaN."""
+    return ptx(f"max.xorsign.abs.{_PTX_TYPE[dtype]}x2 $0,$1,$2;", [Int32], [first, second], effects=False)[0]
+
+
 def split_pack(dtype: type[Numeric], first: Float32, second: Float32) -> tuple[Pair, Pair]:
     """(high, low): two pairs whose sum has twice the mantissa of one."""
     high = pack(dtype, first, second)
@@ -143,7 +148,7 @@ def split_vector(dtype: type[Numeric], values: list[Float32], terms: int) -> lis
 def power_of_two_scale(peak: Float32) -> tuple[Float32, Float32]:
     """(2^e, 2^-e) with peak * 2^e in [2^13, 2^14): no fp16 overflow, and far from fp16's subnormals."""
     text = (
-        "{.reg .b32 e; mov.b32 e,$2; shr.u32 e,e,23; sub.s32 e,267,e; min.s32 e,e,200; "
+        "{.reg .b32 e; mov.b32 e,$2; shr.u32 e,e,23; sub.s32 e,267,e; min.s32 e,e,253; "
         ".reg .b32 t; shl.b32 t,e,23; mov.b32 $0,t; sub.s32 e,254,e; shl.b32 t,e,23; mov.b32 $1,t;}"
     )
     scale, inverse = ptx(text, [Float32, Float32], [peak], effects=False)
@@ -203,6 +208,11 @@ def load_vector(kind: type[Numeric], address: Int64, offset: int, predicate: Boo
         "mov.b32 $0,t0; mov.b32 $1,t1; mov.b32 $2,t2; mov.b32 $3,t3;}"
     )
     return ptx(text, [kind] * 4, [address, predicate], effects=True)
+
+
+def copy_scalar(shared: Int32, address: Int64) -> None:
+    """Starts copying 4 bytes to shared memory, as part of this lane's open cp.async group."""
+    ptx("cp.async.ca.shared.global [$0],[$1],4;", [], [shared, address], effects=True)
 
 
 def load_scalar(address: Int64, predicate: Boolean) -> Float32:

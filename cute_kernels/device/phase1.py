@@ -16,9 +16,11 @@ warps; all walk the same items. Per item, a warp does
     store      rows staged in shared memory, read back in the order of their bytes
 
 in the order logits(k + 1), softmax(k), mix(k), exchange(k + 1), so that no warp waits for a sum that was sent just
-before. Where out is scaled fp16, a row's scale must be known before its first element is rounded: the mix is made once
-before, for the row's largest magnitude alone, which is exchanged as the logits are. One producer thread keeps a ring of
-slots full: 8 row pieces each, of all columns of the CTA or of half of them (a *slab*).
+before. One producer thread keeps a ring of slots full: up to 8 row pieces each, of all columns of the CTA or of half of
+them (a *slab*).
+
+Where out is scaled fp16, a row's scale must be known before its first element is rounded: it is that of a bound of the
+row, sum_n p_sn max|v_n|. The largest magnitudes of the sources are found beside the squares, and exchanged with them.
 
 Clusters draw their items from a counter in device memory. SMs differ in speed: with a fixed share of the items each, the
 first was done 60 to 120 us of 430 before the median (measured on an H200), and the others drifted apart.
@@ -29,7 +31,7 @@ Rows are read from device memory once. Deterministic: every sum has a fixed orde
 import functools
 import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import cuda.bindings.driver as cuda
@@ -52,7 +54,9 @@ from cute_kernels.device.mma import (
     Octet,
     Pair,
     bulk_load,
+    copy_scalar,
     fetch_increment,
+    larger_magnitudes,
     ldmatrix,
     load_shared,
     load_vector,
@@ -70,8 +74,8 @@ from cute_kernels.device.mma import (
     unpack,
     zip_pairs,
 )
-from cute_kernels.device.pipelines import EVICT_FIRST, producer_state
-from cute_kernels.device.rounding import ZERO_ORDER, inverse, magnitude_from, order_of, scale_from
+from cute_kernels.device.pipelines import EVICT_FIRST, RowTable, producer_state
+from cute_kernels.device.rounding import PHASE_1_OUT, finite_magnitude, inverse, philox, scale_from, stochastic
 from cute_kernels.device.rows import add, exp_difference, log, reciprocal_root, tree
 
 TYPES = {"bf16": BFloat16, "fp16": Float16, "fp32": Float32}
@@ -90,12 +94,13 @@ class Memory:
     """Byte addresses in shared memory, and the mbarriers."""
 
     def __init__(self, config: Phase1Config, base: cute.Pointer):
+        self.base = base
         shape, tile = config.shape, config.tile
-        ring_bytes = tile.slots * shape.slot_bytes(tile)
+        ring_bytes = shape.ring_bytes(tile)
         stage_bytes = tile.warps * shape.stage_bytes(tile)
         third_bytes = tile.warps * shape.third_bytes(tile)
         partial_bytes = 0 if tile.direct else 2 * tile.warps * shape.partial_bytes
-        # [slots, 8 rows, row_bytes]
+        # [slots, slot_rows, row_bytes]
         self.ring = Int32(base.toint())
         # [warps, 8 or 16 rows, stage_row_bytes]
         self.stage = self.ring + ring_bytes
@@ -105,10 +110,14 @@ class Memory:
         self.partial = self.third + third_bytes
         # [2 buffers, CTAs of the cluster, partial_bytes], or [4 buffers, CTAs, warps, partial_bytes]
         self.reduced = self.partial + partial_bytes
-        peaks_at = ring_bytes + stage_bytes + third_bytes + shape.exchange_bytes(tile)
-        # [2 buffers, CTAs of the cluster, warps, peak_bytes], where out is scaled fp16
-        self.peaks = self.ring + peaks_at
-        barriers_at = peaks_at + shape.peaks_bytes(tile)
+        scales_at = ring_bytes + stage_bytes + third_bytes + shape.exchange_bytes(tile)
+        # [2 buffers, warps, 32 rows], where sources are scaled fp16
+        self.scales = self.ring + scales_at
+        table_at = scales_at + shape.scales_bytes(tile)
+        # Of the sources' scales
+        table = cute.recast_ptr(base + table_at, dtype=Int64)
+        self.table = RowTable(cute.make_tensor(table, cute.make_layout((2, config.num_sources))))
+        barriers_at = table_at + shape.table_bytes
         barriers = cute.recast_ptr(base + barriers_at, dtype=Int64)
         # [slots]: the slot's bytes have landed; every warp that reads it is done
         self.full, self.empty = barriers, barriers + tile.slots
@@ -117,11 +126,8 @@ class Memory:
         # [2 or 4 buffers]: every share of the totals is there
         self.reduced_ready = self.partial_ready + (0 if tile.direct else 2)
         self.reduced_ready_address = Int32(self.reduced_ready.toint())
-        # [2 buffers]: every warp's peaks are there
-        self.peaks_ready = self.reduced_ready + (4 if tile.direct else 2)
-        self.peaks_ready_address = Int32(self.peaks_ready.toint())
         # [places]: the first CTA's producer has drawn an item for this CTA's
-        self.drawn_ready = self.peaks_ready + 2 * config.scaled_out
+        self.drawn_ready = self.reduced_ready + (4 if tile.direct else 2)
         self.drawn_ready_address = Int32(self.drawn_ready.toint())
         # [slots]: the item in the slot; [places]: items drawn
         self.items = self.drawn_ready_address + 8 * shape.places(tile)
@@ -137,8 +143,19 @@ class Lane(NamedTuple):
     q: Int32
     slab: Int32
     column: Int32  # first column of the warp's slice, in the whole row
-    logits_rows: Int32  # address in slot 0 that this lane gives to ldmatrix
-    mix_rows: Int32  # address in slot 0 of this lane's piece of row 2q
+
+
+class Weights(NamedTuple):
+    """Of an item's rows.
+
+    Where sources are scaled fp16, a row's weight is its share times its scale, divided by a power of two of the query and
+    token, the *unit*, so that the largest one fills fp16. The mixes are then in this unit.
+    """
+
+    # mma operands [octet of queries][group] (high, low)
+    operands: list[list[tuple[Pair, Pair]]]
+    # what makes results of mixes [octet of queries][2], of the tokens of columns 2q and 2q + 1: units over scales of out
+    factors: list[list[Float32]]
 
 
 class Queries(NamedTuple):
@@ -150,7 +167,7 @@ class Queries(NamedTuple):
     """
 
     operands: list[list[tuple[Octet, Octet]]]
-    # per octet of queries: undoes the power of two of fp16 terms
+    # per octet of queries: undoes the power of two of fp16 terms, where a query is not the stored one
     unscale: list[Float32]
     # addresses that this lane gives to ldmatrix for third terms: of an odd first octet, of the first pair after it
     third_octet: Int32
@@ -161,7 +178,9 @@ class Phase1Kernel:
     def __init__(self, config: Phase1Config):
         self.config, self.shape, self.tile = config, config.shape, config.tile
         self.dtype = TYPES[config.dtype]
-        self.out_dtype = Float16 if config.scaled_out else self.dtype
+        self.out_dtype = Float16 if self.shape.scaled_out else TYPES[config.out]
+        # Whether queries are read as they are
+        self.plain_queries = config.key_weight is None and config.query == config.dtype
         self.warp_columns = self.tile.blocks * BLOCK
         self.slab_warps = self.tile.warps // self.tile.slabs
         # Whether the last columns of the last warps lie beyond the row's end
@@ -177,7 +196,7 @@ class Phase1Kernel:
     @cute.jit
     def __call__(
         self,
-        sources: list,  # N addresses of [T, D]
+        sources: list,  # N addresses of [T, D]; then of scales [T], where there are any
         strides: list,  # elements from one token to the next
         queries: Int64,  # [S, D]
         query_stride: Int64,
@@ -238,7 +257,8 @@ class Phase1Kernel:
 
         if thread == 0:
             self.init_barriers(memory)
-        if const_expr(self.ragged or self.vacant_rows):
+            self.fill_table(memory, sources, strides)
+        if const_expr(self.ragged):
             self.clear(memory, thread)
         cute.arch.mbarrier_init_fence()
         sync_cluster(tile.cluster)
@@ -251,18 +271,24 @@ class Phase1Kernel:
             if warp == tile.warps:
                 with cute.arch.elect_one():
                     work = cluster_queue(tile.cluster, tokens, self.shape.tokens)
-                    self.produce(memory, work, counter, sources, strides)
+                    self.produce(self.anew(memory), work, counter, sources, strides)
                 cute.arch.sync_warp()
         else:
             if const_expr(self.config.producer_warps > 1):
                 cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
             work = cluster_queue(tile.cluster, tokens, self.shape.tokens)
-            lane = self.place(memory, work, warp, thread % LANES)
-            given = self.load_queries(memory, lane, queries, query_stride, key_weights, key_weight_stride)
-            self.consume(memory, work, warp, lane.lane, given, outputs, eps, scale)
+            lane, own = self.place(memory, work, warp, thread % LANES), self.anew(memory)
+            given = self.load_queries(own, lane, queries, query_stride, key_weights, key_weight_stride)
+            self.consume(own, work, warp, lane.lane, given, outputs, eps, scale)
         if const_expr(tile.cluster > 1):
             # No CTA may leave while another can still write to its shared memory.
             sync_cluster(tile.cluster)
+
+    def anew(self, memory: Memory) -> Memory:
+        """The same, for one role: addresses made before the roles part spilled."""
+        address = opaque(Int32(memory.base.toint()))
+        base = cute.make_ptr(memory.base.dtype, address, cute.AddressSpace.smem, assumed_align=1024)
+        return Memory(self.config, base)
 
     def init_barriers(self, memory: Memory) -> None:
         tile = self.tile
@@ -275,15 +301,18 @@ class Phase1Kernel:
         for buffer in range(self.buffers):
             # Over a cluster, shares arrive as bytes; the one arrival announces how many.
             cute.arch.mbarrier_init(memory.reduced_ready + buffer, tile.warps * LANES if tile.cluster == 1 else 1)
-        for buffer in range(2 if self.config.scaled_out else 0):
-            cute.arch.mbarrier_init(memory.peaks_ready + buffer, tile.warps * LANES if tile.cluster == 1 else 1)
         for place in range(self.shape.places(tile)):
             cute.arch.mbarrier_init(memory.drawn_ready + place, 1)
+
+    def fill_table(self, memory: Memory, sources: list, strides: list) -> None:
+        if self.config.scaled_sources:
+            count = self.config.num_sources
+            memory.table.fill(sources[count:], strides[count:], 4)
 
     @cute.jit
     def clear(self, memory: Memory, thread: Int32):
         """Zeros where no copy writes: they enter the products, and what shared memory holds at first may be a NaN."""
-        end = self.tile.slots * self.shape.slot_bytes(self.tile)
+        end = self.shape.ring_bytes(self.tile)
         zero = Int32(0)
         for offset in cutlass.range(thread * 16, end, self.config.threads * 16, unroll=1):
             store_shared(memory.ring + offset, 0, [zero, zero, zero, zero])
@@ -301,13 +330,14 @@ class Phase1Kernel:
             drawn = fetch_increment(counter, work.rank == 0)
             token = item * self.shape.tokens
             for group in cutlass.range_constexpr(self.shape.groups):
-                for slab in cutlass.range(self.tile.slabs, unroll=1):
+                for slab in cutlass.range_constexpr(self.tile.slabs):
                     self.acquire(memory, state, item)
-                    self.fill(memory, work, state, self.group_rows(group, token, work), slab, sources, strides)
+                    slot = self.slot_address(memory, state.index, group, slab)
+                    self.fill(memory, work, state, slot, self.group_rows(group, token, work), slab, sources, strides)
                     state.advance()
             item = self.next_item(memory, work, counter, turn, drawn)
             turn += 1
-        for _ in cutlass.range(self.tile.slabs, unroll=1):
+        for _ in cutlass.range_constexpr(self.tile.slabs):
             self.acquire(memory, state, item)
             cute.arch.mbarrier_arrive(memory.full + state.index)
             state.advance()
@@ -347,12 +377,30 @@ class Phase1Kernel:
             return [(source % OCTET, source, token) for source in present]
         last = work.tokens - 1
         return [
-            (k * shape.rows_per_token + source, source, cutlass.min(token + k, last))
+            (k * shape.num_sources + source, source, cutlass.min(token + k, last))
             for k in range(shape.tokens)
             for source in present
         ]
 
-    def fill(self, memory: Memory, work: Queue, state, rows: list, slab: Int32, sources: list, strides: list) -> None:
+    def slot_address(self, memory: Memory, index: Int32, group: int, slab: Int32) -> Int32:
+        shape, tile = self.shape, self.tile
+        row_bytes = shape.row_bytes(tile)
+        if shape.even_slots:
+            return memory.ring + index * (shape.slot_rows(0) * row_bytes)
+        item = index // shape.slots_per_item(tile) * shape.item_bytes(tile)
+        return memory.ring + item + (group * OCTET * tile.slabs + slab * shape.slot_rows(group)) * row_bytes
+
+    def slot_row(self, group: int, row: Int32) -> Int32:
+        """Where a slot has the row that is in column `row` of an mma; another one where there is none, of weight zero."""
+        shape = self.shape
+        if not self.vacant_rows:
+            return row
+        if shape.tokens == 1:
+            return cutlass.min(row, shape.slot_rows(group) - 1)
+        source = cutlass.min(row % shape.rows_per_token, shape.num_sources - 1)
+        return row // shape.rows_per_token * shape.num_sources + source
+
+    def fill(self, memory, work: Queue, state, slot: Int32, rows: list, slab: Int32, sources, strides) -> None:
         shape, tile = self.shape, self.tile
         slab_columns = self.slab_warps * self.warp_columns
         column = work.rank * shape.cta_columns(tile) + slab * slab_columns
@@ -361,7 +409,6 @@ class Phase1Kernel:
             size = cutlass.max(cutlass.min(size, (self.config.hidden_size - column) * ITEM), 0)
             some = size > 0
         cute.arch.mbarrier_arrive_and_expect_tx(memory.full + state.index, size * len(rows))
-        slot = memory.ring + state.index * shape.slot_bytes(tile)
         barrier = Int32((memory.full + state.index).toint())
         for row, source, token in rows:
             address = sources[source] + (Int64(token) * strides[source] + column) * ITEM
@@ -373,8 +420,6 @@ class Phase1Kernel:
         shape, tile = self.shape, self.tile
         c, q = lane // 4, lane % 4
         slab = warp // self.slab_warps
-        in_slab = (warp - slab * self.slab_warps) * (self.warp_columns * ITEM)
-        rows = memory.ring + in_slab
         return Lane(
             warp=warp,
             lane=lane,
@@ -382,10 +427,13 @@ class Phase1Kernel:
             q=q,
             slab=slab,
             column=work.rank * shape.cta_columns(tile) + warp * self.warp_columns,
-            # Matrix m of ldmatrix is columns 8m to 8m + 7 of the eight rows.
-            logits_rows=rows + (lane % 8) * shape.row_bytes(tile) + (lane // 8) * 16,
-            mix_rows=rows + q * 2 * shape.row_bytes(tile) + c * 16,
         )
+
+    def row_address(self, memory: Memory, lane: Lane, index: Int32, group: int, row: Int32) -> Int32:
+        """Of the warp's columns of the row that is in column `row` of an mma."""
+        slot = self.slot_address(memory, index, group, lane.slab)
+        in_slab = lane.warp % self.slab_warps * (self.warp_columns * ITEM)
+        return slot + in_slab + self.slot_row(group, row) * self.shape.row_bytes(self.tile)
 
     @cute.jit
     def consume(self, memory, work, warp, thread_lane, queries, outputs, eps: Float32, scale: Float32):
@@ -396,28 +444,18 @@ class Phase1Kernel:
             lane = self.place(memory, work, warp, opaque(thread_lane))
             item = self.item(memory, lane, turn)
             going = item < work.items
-            if const_expr(self.config.scaled_out):
-                # As below, but that the peaks of item k travel while the logits of item k + 1 are made.
-                weights = self.no_weights()
-                if turn > 0:
-                    weights = self.softmax(memory, work, lane, outputs, turn - 1, before, eps, scale)
-                    self.send_peaks(memory, work, lane, turn - 1, weights)
+            if const_expr(self.config.scaled_sources):
                 if going:
-                    self.logits(memory, work, lane, queries, turn)
-                    if const_expr(not self.tile.direct):
-                        self.exchange(memory, work, lane, turn)
-                if turn > 0:
-                    self.mix(memory, work, lane, outputs, turn - 1, before, weights)
-                    self.release(memory, lane, turn - 1)
-            else:
-                if going:
-                    self.logits(memory, work, lane, queries, turn)
-                if turn > 0:
-                    weights = self.softmax(memory, work, lane, outputs, turn - 1, before, eps, scale)
-                    self.mix(memory, work, lane, outputs, turn - 1, before, weights)
-                    self.release(memory, lane, turn - 1)
-                if const_expr(not self.tile.direct) and going:
-                    self.exchange(memory, work, lane, turn)
+                    self.fetch_scales(memory, work, lane, turn, item)
+                cute.arch.cp_async_commit_group()
+            if going:
+                self.logits(memory, work, lane, queries, turn)
+            if turn > 0:
+                weights = self.softmax(memory, work, lane, outputs, turn - 1, before, eps, scale)
+                self.mix(memory, work, lane, outputs, turn - 1, before, weights)
+                self.release(memory, lane, turn - 1)
+            if const_expr(not self.tile.direct) and going:
+                self.exchange(memory, work, lane, turn)
             before = item
             turn += 1
 
@@ -427,8 +465,20 @@ class Phase1Kernel:
         cute.arch.mbarrier_wait(memory.full + slot, parity)
         return load_shared(Int32, memory.items + slot * 4, 0, 1)[0]
 
-    def no_weights(self) -> list[list[tuple[Pair, Pair]]]:
-        return [[(Int32(0), Int32(0))] * self.shape.groups for _ in range(self.shape.octets)]
+    def fetch_scales(self, memory: Memory, work: Queue, lane: Lane, turn: Int32, item: Int32) -> None:
+        """Starts copying the scales of an item's rows, for this warp: lane r that of row r, or any where there is none."""
+        shape = self.shape
+        row, token = lane.lane, item * shape.tokens
+        if shape.tokens > 1:
+            token = cutlass.min(token + row % OCTET // shape.rows_per_token, work.tokens - 1)
+            row = row % shape.rows_per_token
+        source = cutlass.min(row, shape.num_sources - 1)
+        entries = memory.table.s_entries
+        copy_scalar(self.scales(memory, lane, turn) + lane.lane * 4, entries[0, source] + token * entries[1, source])
+
+    def scales(self, memory: Memory, lane: Lane, turn: Int32) -> Int32:
+        """This warp's buffer for an item."""
+        return memory.scales + (turn % 2 * self.tile.warps + lane.warp) * (LANES * 4)
 
     def slot(self, lane: Lane, turn: Int32, group: int) -> tuple[Int32, Int32]:
         """(slot, parity of its full barrier) of this warp's slab of a group.
@@ -456,17 +506,28 @@ class Phase1Kernel:
         for group in range(shape.groups):
             slot, parity = self.slot(lane, turn, group)
             cute.arch.mbarrier_wait(memory.full + slot, parity)
-            products, squares = self.products(lane.logits_rows + slot * shape.slot_bytes(tile), queries)
-            at = group * (shape.octets * 256 + 32)
+            # Matrix m of ldmatrix is columns 8m to 8m + 7 of the eight rows.
+            rows = self.row_address(memory, lane, slot, group, lane.lane % 8) + lane.lane // 8 * 16
+            products, squares, largest = self.products(rows, queries)
+            at = group * shape.group_bytes
             for octet, pair in enumerate(products):
                 self.send(memory, buffer, share + (lane.lane * 8 + at + octet * 256), pair, None)
             # The square of row n is element (n, n) of its octet: in lane 4n + n // 2, the first or second number.
             square = select(lane.c % 2 == 0, squares[0], squares[1])
             at_square = share + (lane.c * 4 + at + shape.octets * 256)
             self.send(memory, buffer, at_square, [square], lane.q == lane.c // 2)
+            if shape.scaled_out:
+                self.send(memory, buffer, at_square + 32, [self.row_peak(largest)], lane.q == 0)
         if tile.cluster == 1 or not tile.direct:
             ready = memory.reduced_ready if tile.direct else memory.partial_ready
             cute.arch.mbarrier_arrive(ready + buffer)
+
+    def row_peak(self, largest: Pair) -> Float32:
+        """Of row c, from what each lane found in it."""
+        peak = tree(cute.arch.fmax, [cute.arch.fmax(value, -value) for value in unpack(self.dtype, largest)])
+        for offset in (1, 2):
+            peak = cute.arch.fmax(peak, cute.arch.shuffle_sync_bfly(peak, offset=offset))
+        return peak
 
     def send(self, memory: Memory, buffer: Int32, address: Int32, values: list[Float32], predicate) -> None:
         """Part of a warp's sums to their place here; or, when the exchange is direct, in every CTA."""
@@ -476,8 +537,9 @@ class Phase1Kernel:
         for cta in range(self.tile.cluster):
             store_cluster(address, memory.reduced_ready_address + buffer * 8, Int32(cta), values, predicate)
 
-    def products(self, rows: Int32, queries: Queries) -> tuple[list[list[Float32]], list[Float32]]:
-        """Over the warp's columns: (this lane's two products per octet of queries, its two of rows times rows^T).
+    def products(self, rows: Int32, queries: Queries) -> tuple[list[list[Float32]], list[Float32], Pair]:
+        """Over the warp's columns: (this lane's two products per octet of queries, its two of rows times rows^T, the
+        largest of row c that it has seen, if out is scaled fp16).
 
         Third terms add to the sums of second terms; those of an odd first octet fill the idle half of the squares' mma.
         """
@@ -487,10 +549,12 @@ class Phase1Kernel:
         sums = [ChainedSum(self.dtype) for _ in range(count // 2)]
         if count % 2:
             sums.append(ChainedSum(self.dtype, alternating=True))
-        squares = ChainedSum(self.dtype)
+        squares, largest = ChainedSum(self.dtype), Int32(0)
         for pair_of_steps in range(self.warp_columns // (2 * K_STEP)):
             # Columns 32i to 32i + 31 of the eight rows: operands of two steps
             columns = ldmatrix(rows, pair_of_steps * 2 * K_STEP * ITEM)
+            if shape.scaled_out:
+                largest = tree(functools.partial(larger_magnitudes, self.dtype), [largest, *columns])
             beside = [None, None]
             if third and odd:
                 four = ldmatrix(queries.third_octet, pair_of_steps * 2 * K_STEP * ITEM)
@@ -519,7 +583,7 @@ class Phase1Kernel:
             products = [[h + l for h, l in zip(*both, strict=True)] for both in zip(products, low, strict=True)]
         for octet, unscale in enumerate(queries.unscale):
             products[octet] = [value * unscale for value in products[octet]]
-        return products, r_squares[0]
+        return products, r_squares[0], largest
 
     def exchange(self, memory: Memory, work: Queue, lane: Lane, turn: Int32) -> None:
         """Adds this warp's share of the partial sums up and sends it to every CTA of the cluster.
@@ -535,7 +599,8 @@ class Phase1Kernel:
         buffer = turn & 1
         cute.arch.mbarrier_wait(memory.partial_ready + buffer, (turn >> 1) & 1)
         vectors = shape.partial_bytes // 16
-        begin, end = lane.warp * vectors // tile.warps, (lane.warp + 1) * vectors // tile.warps
+        warp = opaque(lane.warp)
+        begin, end = warp * vectors // tile.warps, (warp + 1) * vectors // tile.warps
         partial = memory.partial + buffer * (tile.warps * shape.partial_bytes)
         reduced = memory.reduced + (buffer * tile.cluster + work.rank) * shape.partial_bytes
         if tile.cluster > 1:
@@ -545,9 +610,9 @@ class Phase1Kernel:
             mine = vector < end
             at = cutlass.min(vector, vectors - 1) * 16
             total = None
-            for warp in range(tile.warps):
-                share = load_shared(Float32, partial + at, warp * shape.partial_bytes, 4)
-                total = share if total is None else [t + s for t, s in zip(total, share, strict=True)]
+            for other in range(tile.warps):
+                share = load_shared(Float32, partial + at, other * shape.partial_bytes, 4)
+                total = share if total is None else self.join_shares(vector, total, share)
             if tile.cluster == 1:
                 store_shared(reduced + at, 0, total, mine)
             else:
@@ -557,13 +622,20 @@ class Phase1Kernel:
         if tile.cluster == 1:
             cute.arch.mbarrier_arrive(memory.reduced_ready + buffer)
 
+    def join_shares(self, vector: Int32, total: list[Float32], share: list[Float32]) -> list[Float32]:
+        """Sums; of a group's last two vectors, where it has peaks, the largest."""
+        shape = self.shape
+        sums = [t + s for t, s in zip(total, share, strict=True)]
+        if not shape.scaled_out:
+            return sums
+        is_peak = vector % (shape.group_bytes // 16) >= shape.group_bytes // 16 - 2
+        return [select(is_peak, cute.arch.fmax(t, s), both) for t, s, both in zip(total, share, sums, strict=True)]
+
     def announce_totals(self, memory: Memory, lane: Lane, buffer: Int32) -> None:
         announce(lane, memory.reduced_ready + buffer, self.shares * self.shape.partial_bytes)
 
-    def softmax(
-        self, memory, work, lane, outputs, turn: Int32, item: Int32, eps, scale
-    ) -> list[list[tuple[Pair, Pair]]]:
-        """Weights of an item as mma operands [octet of queries][group] (high, low); every warp computes them all.
+    def softmax(self, memory, work, lane, outputs, turn: Int32, item: Int32, eps, scale) -> Weights:
+        """Weights of an item; every warp computes them all.
 
         Lane (c, q) holds query c of each octet and the item's columns 2q and 2q + 1: the layout of products and of
         operand A alike.
@@ -572,29 +644,72 @@ class Phase1Kernel:
         buffer = turn % self.buffers
         cute.arch.mbarrier_wait(memory.reduced_ready + buffer, (turn // self.buffers) & 1)
         totals = memory.reduced + buffer * (self.shares * shape.partial_bytes)
-        at = [group * (shape.octets * 256 + 32) for group in range(shape.groups)]
-        rstd = []
+        at = [group * shape.group_bytes for group in range(shape.groups)]
+        if shape.scaled_sources:
+            cute.arch.cp_async_wait_group(1)
+            cute.arch.sync_warp()
+        scales = self.row_scales(memory, lane, turn)
+        # keys: what makes logits of products
+        rstd, keys = [], []
         for group in range(shape.groups):
             squares = self.total(totals + lane.q * 8, at[group] + shape.octets * 256)
-            rstd.append([reciprocal_root(square * Float32(1.0 / shape.hidden_size) + eps) for square in squares])
-        weights = []
+            means = [square * Float32(1.0 / shape.hidden_size) for square in squares]
+            if scales is None:
+                rstd.append([reciprocal_root(mean + eps) for mean in means])
+                keys.append(rstd[-1])
+            else:
+                found = [self.scaled_rstd(*pair, eps) for pair in zip(means, scales[group], strict=True)]
+                rstd.append([r for r, _ in found])
+                keys.append([key for _, key in found])
+                # A row of zeros has a scale of one, beside which others may be nothing.
+                scales[group] = [
+                    select(mean > 0.0, s, Float32(0.0)) for mean, s in zip(means, scales[group], strict=True)
+                ]
+        if self.config.rstd:
+            self.store_rstd(work, lane, outputs, item, rstd)
+        peaks = []
+        if shape.scaled_out:
+            address = totals + lane.q * 8
+            peaks = [self.total(address, first + shape.octets * 256 + 32, cute.arch.fmax) for first in at]
+        operands, factors = [], []
         for octet in range(shape.octets):
             logits = []
             for group in range(shape.groups):
                 products = self.total(totals + lane.lane * 8, at[group] + octet * 256)
-                logits.append([scale * (r * product) for r, product in zip(rstd[group], products, strict=True)])
-            r_weights, r_lse = self.normalise(lane, logits)
-            weights.append([split_pack(self.dtype, *pair) for pair in r_weights])
-            self.store_statistics(work, lane, outputs, item, octet, logits, r_lse)
-        if self.config.rstd:
-            self.store_rstd(work, lane, outputs, item, rstd)
-        return weights
+                logits.append([scale * (key * product) for key, product in zip(keys[group], products, strict=True)])
+            r_weights, r_lse, units = self.normalise(lane, logits, scales)
+            operands.append([split_pack(self.dtype, *pair) for pair in r_weights])
+            out_scales = []
+            if shape.scaled_out:
+                found = [[w * p for w, p in zip(*pairs, strict=True)] for pairs in zip(r_weights, peaks, strict=True)]
+                bounds = [bound * unit for bound, unit in zip(self.over_sources(add, found), units, strict=True)]
+                out_scales = [scale_from(finite_magnitude(bound)) for bound in bounds]
+                units = [inverse(s) * unit for s, unit in zip(out_scales, units, strict=True)]
+            factors.append(units)
+            self.store_statistics(work, lane, outputs, item, octet, logits, r_lse, out_scales)
+            if shape.scaled_sources or shape.scaled_out:
+                # One octet after the other: four together spilled.
+                cute.arch.sync_warp()
+        return Weights(operands, factors)
 
-    def total(self, address: Int32, offset: int) -> list[Float32]:
-        """Two numbers summed over their shares."""
+    def row_scales(self, memory: Memory, lane: Lane, turn: Int32) -> list[list[Float32]] | None:
+        """[group][2], of the lane's columns."""
+        if not self.config.scaled_sources:
+            return None
+        own = self.scales(memory, lane, turn) + lane.q * 8
+        return [load_shared(Float32, own, group * OCTET * 4, 2) for group in range(self.shape.groups)]
+
+    def scaled_rstd(self, mean: Float32, scale: Float32, eps: Float32) -> tuple[Float32, Float32]:
+        """(rstd, rstd * scale) of a row from the mean square of its values as stored; a scale above one divides eps."""
+        low, down = cute.arch.fmin(scale, Float32(1.0)), inverse(cute.arch.fmax(scale, Float32(1.0)))
+        root = reciprocal_root(mean * low * low + eps * down * down)
+        return root * down, root * low
+
+    def total(self, address: Int32, offset: int, combine: Callable[[Float32, Float32], Float32] = add) -> list[Float32]:
+        """Two numbers combined over their shares."""
         size = self.shape.partial_bytes
         shares = [load_shared(Float32, address, offset + share * size, 2) for share in range(self.shares)]
-        return [tree(add, [share[e] for share in shares]) for e in range(2)]
+        return [tree(combine, [share[e] for share in shares]) for e in range(2)]
 
     def source(self, lane: Lane, group: int, e: int) -> Int32:
         """The source in column 2q + e of a group."""
@@ -605,8 +720,8 @@ class Phase1Kernel:
         per_token = self.shape.rows_per_token
         return [e for e in range(2) if group * OCTET + e % per_token < self.config.num_sources]
 
-    def normalise(self, lane: Lane, logits: list[list[Float32]]) -> tuple[list[list[Float32]], list[Float32]]:
-        """(weights [group][2], lse [2]) of one query per lane; the two columns belong to one token unless N is 1."""
+    def normalise(self, lane: Lane, logits: list, scales: list | None) -> tuple[list, list[Float32], list]:
+        """(weights [group][2], lse [2], units [2]: see Weights) of one query per lane."""
         shape = self.shape
         if self.vacant_rows:
             absent = Float32(-math.inf)
@@ -614,26 +729,37 @@ class Phase1Kernel:
                 [select(self.source(lane, g, e) < shape.num_sources, pair[e], absent) for e in range(2)]
                 for g, pair in enumerate(logits)
             ]
-        separate = shape.rows_per_token == 1
-        offsets = [offset for offset in (1, 2) if 2 * offset < shape.rows_per_token]
-
-        def over_sources(combine, values: list[list[Float32]]) -> list[Float32]:
-            if separate:
-                return values[0]
-            result = tree(combine, [value for pair in values for value in pair])
-            for offset in offsets:
-                result = combine(result, cute.arch.shuffle_sync_bfly(result, offset=offset))
-            return [result, result]
-
-        highest = over_sources(cute.arch.fmax, logits)
+        highest = self.over_sources(cute.arch.fmax, logits)
         powers = [[exp_difference(pair[e], highest[e]) for e in range(2)] for pair in logits]
-        denominator = over_sources(add, powers)
-        inverse = [cute.arch.rcp_approx(value) for value in denominator]
-        weights = [[pair[e] * inverse[e] for e in range(2)] for pair in powers]
-        return weights, [highest[e] + log(denominator[e]) for e in range(2)]
+        denominator = self.over_sources(add, powers)
+        factors = [cute.arch.rcp_approx(value) for value in denominator]
+        units = [Float32(1.0)] * 2
+        if scales is not None:
+            powers = [[p * s for p, s in zip(*pairs, strict=True)] for pairs in zip(powers, scales, strict=True)]
+            found = [power_of_two_scale(peak) for peak in self.over_sources(cute.arch.fmax, powers)]
+            units = [unit for _, unit in found]
+            powers = [[pair[e] * found[e][0] for e in range(2)] for pair in powers]
+        weights = [[pair[e] * factors[e] for e in range(2)] for pair in powers]
+        return weights, [highest[e] + log(denominator[e]) for e in range(2)], units
 
-    def store_statistics(self, work, lane, outputs, item: Int32, octet: int, logits: list, r_lse: list) -> None:
-        """lse, and logits if wanted, of one octet of queries: by the first CTA, the octets by different warps.
+    def over_sources(self, combine: Callable[[Float32, Float32], Float32], values: list) -> list[Float32]:
+        """[group][2] of a query and the lane's columns, combined over a token's sources: for the tokens of either column,
+        which are one unless N is 1.
+        """
+        per_token = self.shape.rows_per_token
+        if per_token == 1:
+            return values[0]
+        result = tree(combine, [value for pair in values for value in pair])
+        for offset in (1, 2):
+            if 2 * offset < per_token:
+                result = combine(result, cute.arch.shuffle_sync_bfly(result, offset=offset))
+        return [result, result]
+
+    def store_statistics(
+        self, work, lane, outputs, item: Int32, octet: int, logits: list, r_lse: list, out_scales: list
+    ) -> None:
+        """lse, and logits and scales of out if wanted, of one octet of queries: by the first CTA, the octets by different
+        warps.
 
         Here and in store_rows an address is one 64-bit number of the lane and a sum that is the same for all of them,
         which takes no vector registers: with every address written out, the compiler kept a dozen of them and spilled.
@@ -649,6 +775,8 @@ class Phase1Kernel:
                 present = present & (lane.q % (shape.rows_per_token // 2) == 0)
             position = (lane.c * tokens + in_item) + (octet * OCTET * tokens + first + e)
             store_scalar(outputs.lse + position * 4, r_lse[e], present)
+            if out_scales:
+                store_scalar(outputs.out_scale + position * 4, out_scales[e], present)
         if not self.config.logits:
             return
         row = lane.c * shape.num_sources + self.source(lane, 0, 0)
@@ -674,77 +802,51 @@ class Phase1Kernel:
                 store_scalar(outputs.rstd + position * 4, pair[e], present)
 
     def output_pairs(self) -> list[list[tuple[int, int]]]:
-        """The item's octets of output rows (token, octet of queries) by twos, of one token, or of one octet of them."""
-        octets = [(token, octet) for token in range(self.shape.tokens) for octet in range(self.shape.octets)]
+        """The item's octets of output rows (first token, octet of queries) by twos."""
+        shape = self.shape
+        tokens = range(0, shape.tokens, shape.octet_tokens)
+        octets = [(token, octet) for token in tokens for octet in range(shape.octets)]
         return [octets[i : i + 2] for i in range(0, len(octets), 2)]
 
     def mix(self, memory, work: Queue, lane: Lane, outputs: Phase1Outputs, turn: Int32, item: Int32, weights) -> None:
         """Output rows of an item, over the warp's columns, two octets (token, octet of queries) of them at a time."""
         shape, tile = self.shape, self.tile
         rows = self.item_rows(memory, lane, turn)
-        if self.config.scaled_out:
-            cute.arch.mbarrier_wait(memory.peaks_ready + turn % 2, (turn >> 1) & 1)
         stage = memory.stage + lane.warp * shape.stage_bytes(tile)
-        for place, both in enumerate(self.output_pairs()):
-            operands = [self.weight_operand(lane, weights, both, group) for group in range(shape.groups)]
-            store = RowStore(self, work, lane, outputs, item, both)
-            if self.config.scaled_out:
-                store.scale(self.item_peaks(memory, lane, turn, 2 * place, len(both)))
+        for both in self.output_pairs():
+            operands = [self.weight_operand(lane, weights.operands, both, group) for group in range(shape.groups)]
+            factors = self.row_factors(lane, weights.factors, both)
             for first in range(0, tile.blocks, tile.segment):
                 segment = range(first, min(first + tile.segment, tile.blocks))
-                self.mix_segment(lane, rows, operands, segment, stage, store)
+                self.mix_segment(lane, rows, operands, factors, segment, stage)
                 cute.arch.sync_warp()
                 self.store_rows(work, lane, outputs, item, both, segment, stage)
                 cute.arch.sync_warp()
 
-    def item_rows(self, memory: Memory, lane: Lane, turn: Int32) -> list[Int32]:
-        """This lane's piece of an item's rows 2q, for each group of sources."""
-        slots = [self.slot(lane, turn, group)[0] for group in range(self.shape.groups)]
-        return [lane.mix_rows + slot * self.shape.slot_bytes(self.tile) for slot in slots]
-
-    def send_peaks(self, memory: Memory, work: Queue, lane: Lane, turn: Int32, weights: list) -> None:
-        """The largest magnitudes of an item's output rows, over the warp's columns, to every CTA: the mixes made once before.
-
-        Two buffers are enough: a warp sends peaks of item k + 2 after it has seen all of k + 1, which others sent after
-        their reads of k.
-        """
-        shape, tile = self.shape, self.tile
-        rows, buffer = self.item_rows(memory, lane, turn), turn % 2
-        if tile.cluster > 1:
-            announce(lane, memory.peaks_ready + buffer, tile.warps * tile.cluster * shape.peak_bytes)
-        own = memory.peaks + ((buffer * tile.cluster + work.rank) * tile.warps + lane.warp) * shape.peak_bytes
-        for place, both in enumerate(self.output_pairs()):
-            operands = [self.weight_operand(lane, weights, both, group) for group in range(shape.groups)]
-            peaks = [Int32(ZERO_ORDER)] * len(both)
-            for _, sums in self.block_sums(rows, operands, range(tile.blocks)):
-                for octet in range(len(both)):
-                    for values in sums:
-                        for half in range(2):
-                            peaks[octet] = cutlass.max(peaks[octet], order_of(values[2 * octet + half]))
-            for octet, peak in enumerate(peaks):
-                for offset in (1, 2):
-                    peak = cutlass.max(peak, cute.arch.shuffle_sync_bfly(peak, offset=offset))
-                address = own + ((2 * place + octet) * OCTET + lane.c) * 4
-                if tile.cluster == 1:
-                    store_shared(address, 0, [peak], lane.q == 0)
-                else:
-                    barrier = memory.peaks_ready_address + buffer * 8
-                    for cta in range(tile.cluster):
-                        store_cluster(address, barrier, Int32(cta), [peak], lane.q == 0)
-        if tile.cluster == 1:
-            cute.arch.mbarrier_arrive(memory.peaks_ready + buffer)
-
-    def item_peaks(self, memory: Memory, lane: Lane, turn: Int32, first: int, count: int) -> list[Int32]:
-        """The largest magnitudes of row c of some octets of output rows, from every warp's."""
-        shares, size = self.tile.warps * self.tile.cluster, self.shape.peak_bytes
-        address = memory.peaks + turn % 2 * (shares * size) + lane.c * 4
+    def item_rows(self, memory: Memory, lane: Lane, turn: Int32) -> list[list[Int32]]:
+        """This lane's pieces of an item's rows 2q and 2q + 1, for each group of sources."""
         return [
-            tree(
-                cutlass.max,
-                [load_shared(Int32, address, share * size + octet * OCTET * 4, 1)[0] for share in range(shares)],
-            )
-            for octet in range(first, first + count)
+            [
+                self.row_address(memory, lane, self.slot(lane, turn, group)[0], group, lane.q * 2 + e) + lane.c * 16
+                for e in range(2)
+            ]
+            for group in range(self.shape.groups)
         ]
+
+    def row_factors(self, lane: Lane, factors: list, both: list) -> list[Float32 | None]:
+        """Of row c of some octets of output rows (see Weights); None: one."""
+        shape = self.shape
+        if not shape.scaled_out and not shape.scaled_sources:
+            return [None] * len(both)
+        if shape.tokens == 1:
+            return [factors[octet][0] for _, octet in both]
+        found = []
+        for token, octet in both:
+            column = (lane.c // shape.octet_queries + token) * shape.rows_per_token
+            source = lane.c * 4 + column // 2
+            even, odd = (cute.arch.shuffle_sync(factor, source) for factor in factors[octet])
+            found.append(select(column % 2 == 0, even, odd))
+        return found
 
     def weight_operand(self, lane: Lane, weights: list, both: list, group: int) -> tuple[Octet, Octet | None]:
         """Operand A of a mix: K 0 to 7 the high parts, K 8 to 15 the low parts of the weights of the group's rows."""
@@ -752,16 +854,16 @@ class Phase1Kernel:
         for token, octet in both:
             high, low = weights[octet][group]
             if self.shape.tokens > 1:
-                mask = self.token_mask(lane, token)
+                mask = self.token_mask(lane, lane.c // self.shape.octet_queries + token)
                 high, low = high & mask, low & mask
             operand.append((high, low))
         return operand[0], operand[1] if len(operand) > 1 else None
 
-    def token_mask(self, lane: Lane, token: int) -> Int32:
+    def token_mask(self, lane: Lane, token: Int32) -> Int32:
         """Keeps those of a lane's two columns that are rows of the item's token."""
         per_token = self.shape.rows_per_token
         if per_token == 1:
-            return select(lane.q == token // 2, Int32(-65536 if token % 2 else 65535), Int32(0))
+            return select(lane.q == token // 2, select(token % 2 == 0, Int32(65535), Int32(-65536)), Int32(0))
         return select(lane.q // (per_token // 2) == token, Int32(-1), Int32(0))
 
     def block_sums(self, rows: list, operands: list, blocks: range) -> Iterator[tuple[int, list[list[Float32]]]]:
@@ -771,13 +873,13 @@ class Phase1Kernel:
         operand [8 rows x 8], so mma e makes columns e, 8 + e, ..., 56 + e of the block, and the lane's results for all
         e are 16 neighbouring columns.
         """
-        shape, row_bytes = self.shape, self.shape.row_bytes(self.tile)
+        shape = self.shape
         steps = [(block, group) for block in blocks for group in range(shape.groups)]
 
         def load(block: int, group: int) -> tuple[list[Pair], list[Pair]]:
             offset = block * BLOCK * ITEM
-            even = load_shared(Int32, rows[group], offset, 4)
-            return even, load_shared(Int32, rows[group], offset + row_bytes, 4)
+            even, odd = (load_shared(Int32, row, offset, 4) for row in rows[group])
+            return even, odd
 
         loaded = [load(*step) for step in steps[: self.ahead]]
         sums: list[list[Float32] | None] = []
@@ -795,17 +897,36 @@ class Phase1Kernel:
             # (measured on an H200: 0.779 -> 0.814 of copy bandwidth).
             cute.arch.sync_warp()
 
-    def mix_segment(
-        self, lane: Lane, rows: list, operands: list, segment: range, stage: Int32, store: "RowStore"
-    ) -> None:
+    def mix_segment(self, lane: Lane, rows: list, operands: list, factors: list, segment: range, stage: Int32) -> None:
         """weights times rows for some blocks of columns, rounded, into the staging buffer."""
-        stage_row = self.shape.stage_row_bytes(self.tile)
-        at = stage + lane.c * stage_row + lane.q * 32
+        stage_row, item = self.shape.stage_row_bytes(self.tile), self.shape.stage_item_bytes
+        at = stage + lane.c * stage_row + lane.q * (2 * VECTOR * item)
         for block, sums in self.block_sums(rows, operands, segment):
-            for k in range(2 * len(store.both)):
+            for k in range(2 * len(factors)):
                 octet, half = k // 2, k % 2
-                offset = octet * OCTET * stage_row + (block - segment.start) * BLOCK * ITEM + half * 16
-                store_shared(at, offset, store.round([values[k] for values in sums], octet))
+                offset = octet * OCTET * stage_row + ((block - segment.start) * BLOCK + half * VECTOR) * item
+                factor, vector = factors[octet], [values[k] for values in sums]
+                if factor is not None:
+                    vector = [value * factor for value in vector]
+                if self.config.stochastic:
+                    store_shared(at, offset, vector[:4])
+                    store_shared(at, offset + 16, vector[4:])
+                else:
+                    store_shared(at, offset, self.pack(vector))
+
+    def pack(self, values: list[Float32]) -> list[Pair]:
+        """As stored."""
+        return [pack(self.out_dtype, first, second) for first, second in zip(values[::2], values[1::2], strict=True)]
+
+    def staged(self, address: Int32, offset: int, outputs: Phase1Outputs, row: Int64, column: Int32) -> list[Pair]:
+        """A vector of a staged row, as stored. Rounded stochastically only here: beside the mix's accumulators, random bits were
+        too many registers.
+        """
+        if not self.config.stochastic:
+            return load_shared(Int32, address, offset, 4)
+        values = load_shared(Float32, address, offset, 4) + load_shared(Float32, address, offset + 16, 4)
+        words = philox(outputs.seed, column // VECTOR, Int32(outputs.first_row + row), PHASE_1_OUT)
+        return self.pack(stochastic(values, self.out_dtype, words))
 
     def store_rows(self, work, lane, outputs, item: Int32, both: list, segment: range, stage: Int32) -> None:
         """Staged rows to device memory, 16 bytes a lane, whole rows one after the other.
@@ -817,32 +938,47 @@ class Phase1Kernel:
         vectors = len(segment) * BLOCK // VECTOR
         # Lanes of a row at a time
         width = min(1 << (vectors - 1).bit_length(), LANES)
-        lane_row, lane_vector = lane.lane // width, lane.lane % width
+        at_once, lane_row, lane_vector = LANES // width, lane.lane // width, lane.lane % width
+        # Row r of an octet, at r - lane_row a multiple of at_once: query and token are sums of the lane's and of what r has.
+        per_token = shape.octet_queries
+        lane_query, lane_token = (
+            (lane_row, 0) if at_once <= per_token else (lane_row % per_token, lane_row // per_token)
+        )
         column = lane.column + segment.start * BLOCK + lane_vector * VECTOR
-        first, tokens = item * shape.tokens, Int64(work.tokens)
+        first, tokens, vector_bytes = item * shape.tokens, Int64(work.tokens), VECTOR * shape.stage_item_bytes
         for half, (token, octet) in enumerate(both):
-            queries = min(OCTET, shape.num_queries - octet * OCTET)
-            row = lane_row * tokens + (octet * OCTET * tokens + first + token)
+            count = shape.octet_tokens * per_token
+            if shape.octet_tokens == 1:
+                count = min(count, shape.num_queries - octet * OCTET)
+            row = lane_query * tokens + lane_token + (octet * OCTET * tokens + first + token)
             address = outputs.out + (row * shape.hidden_size + column) * ITEM
-            staged = stage + lane_row * shape.stage_row_bytes(self.tile) + lane_vector * 16
-            places = [(r, v) for r in range(0, queries, LANES // width) for v in range(0, vectors, width)]
-            for batch in range(0, len(places), STORE_BATCH):
+            staged = stage + lane_row * shape.stage_row_bytes(self.tile) + lane_vector * vector_bytes
+            places = [(r, v) for r in range(0, count, at_once) for v in range(0, vectors, width)]
+            size = 1 if self.config.stochastic else STORE_BATCH
+            for batch in range(0, len(places), size):
                 moved = []
-                for r, v in places[batch : batch + STORE_BATCH]:
-                    offset = (half * OCTET + r) * shape.stage_row_bytes(self.tile) + v * 16
-                    moved.append((r, v, load_shared(Int32, staged, offset, 4)))
-                for r, v, values in moved:
+                for r, v in places[batch : batch + size]:
+                    offset = (half * OCTET + r) * shape.stage_row_bytes(self.tile) + v * vector_bytes
+                    further = r % per_token * tokens + r // per_token
+                    values = self.staged(staged, offset, outputs, row + further, column + v * VECTOR)
+                    moved.append((r, v, further, values))
+                for r, v, further, values in moved:
                     conditions = []
                     if v + width > vectors:
                         conditions.append(lane_vector + v < vectors)
-                    if r + LANES // width > queries:
-                        conditions.append(lane_row + r < queries)
+                    if r + at_once > count:
+                        conditions.append(lane_row + r < count)
+                    if shape.octet_tokens > 1 and shape.num_queries % per_token:
+                        conditions.append(lane_query + r % per_token < shape.num_queries)
                     if self.ragged:
                         conditions.append(column + v * VECTOR < shape.hidden_size)
                     if shape.tokens > 1:
-                        conditions.append(first + token < work.tokens)
+                        conditions.append(first + token + lane_token + r // per_token < work.tokens)
                     present = functools.reduce(operator.and_, conditions) if conditions else None
-                    store_vector(address + r * tokens * (shape.hidden_size * ITEM), v * 16, values, present)
+                    store_vector(address + further * (shape.hidden_size * ITEM), v * 16, values, present)
+                if self.config.stochastic or self.config.scaled_sources:
+                    # One batch after the other: together, random bits and addresses spilled.
+                    cute.arch.sync_warp()
 
     def release(self, memory: Memory, lane: Lane, turn: Int32) -> None:
         """Gives the item's slots back to the producer."""
@@ -867,13 +1003,15 @@ class Phase1Kernel:
         third = memory.third + lane.warp * shape.third_bytes(tile)
         terms: list[list[list[Octet]]] = [[[] for _ in range(self.warp_columns // K_STEP)] for _ in range(2)]
         scales: list[tuple[Float32, Float32]] = []
-        if shape.terms > 1 and self.dtype is Float16:
+        if not self.plain_queries and self.dtype is Float16:
             scales = [power_of_two_scale(reader.peak(octet)) for octet in range(shape.octets)]
-        pieces = [(octet, first) for octet in range(shape.octets) for first in range(0, tile.blocks, tile.segment)]
+        # Half a store's columns at a time where a vector takes 16 registers: fp32 queries with fp32 weights spilled.
+        segment = tile.segment if reader.vector_words <= VECTOR else -(-tile.segment // 2)
+        pieces = [(octet, first) for octet in range(shape.octets) for first in range(0, tile.blocks, segment)]
 
         def load(octet: int, first: int) -> list[tuple[Int32, Int32, list]]:
             """(row, column, what is there) of this lane's vectors."""
-            per_row = min(tile.segment, tile.blocks - first) * BLOCK // VECTOR
+            per_row = min(segment, tile.blocks - first) * BLOCK // VECTOR
             places = [
                 ((index + lane.lane) // per_row, (index + lane.lane) % per_row)
                 for index in range(0, OCTET * per_row, LANES)
@@ -888,7 +1026,7 @@ class Phase1Kernel:
             parts = []
             for row, column, given in loaded.pop(0):
                 values = given
-                if shape.terms > 1:
+                if not self.plain_queries:
                     product = reader.product(given)
                     if scales:
                         of_row = cute.arch.shuffle_sync(scales[octet][0], row * 4)
@@ -901,7 +1039,7 @@ class Phase1Kernel:
                 for address, values in parts:
                     store_shared(address, 0, values[term])
                 cute.arch.sync_warp()
-                for half_block in range(2 * min(tile.segment, tile.blocks - first)):
+                for half_block in range(2 * min(segment, tile.blocks - first)):
                     rows = stage + (lane.lane % 8) * stage_row + (lane.lane // 8) * 16
                     four = ldmatrix(rows, half_block * 2 * K_STEP * ITEM)
                     step = first * (BLOCK // K_STEP) + half_block * 2
@@ -921,34 +1059,6 @@ class Phase1Kernel:
         third_octet = third + (lane.lane % 8) * third_row + (lane.lane // 8) * 16
         third_pairs = third + (shape.octets % 2 * OCTET + lane.lane % 16) * third_row + (lane.lane // 16) * 16
         return Queries(operands, [inverse for _, inverse in scales], third_octet, third_pairs)
-
-
-class RowStore:
-    """How two octets of output rows, (token, octet of queries) each, are rounded."""
-
-    def __init__(self, kernel: Phase1Kernel, work: Queue, lane: Lane, outputs: Phase1Outputs, item: Int32, both: list):
-        self.kernel, self.config, self.work, self.lane, self.outputs = kernel, kernel.config, work, lane, outputs
-        self.both, self.down = both, [None] * len(both)
-        self.first = item * kernel.shape.tokens
-
-    def scale(self, peaks: list[Int32]) -> None:
-        """Scaled fp16: rows are divided by their scales, which one warp stores."""
-        for octet, peak in enumerate(peaks):
-            token, queries = self.both[octet]
-            scale = scale_from(magnitude_from(peak))
-            self.down[octet] = inverse(scale)
-            chosen = (self.work.rank == 0) & (self.lane.warp == queries % self.kernel.tile.warps) & (self.lane.q == 0)
-            chosen = chosen & (queries * OCTET + self.lane.c < self.config.num_queries)
-            chosen = chosen & (self.first + token < self.work.tokens)
-            row = (queries * OCTET + self.lane.c) * Int64(self.work.tokens) + self.first + token
-            store_scalar(self.outputs.out_scale + row * 4, scale, chosen)
-
-    def round(self, values: list[Float32], octet: int) -> list[Pair]:
-        """Columns of row c, as stored."""
-        dtype, down = self.kernel.out_dtype, self.down[octet]
-        if down is not None:
-            values = [value * down for value in values]
-        return [pack(dtype, first, second) for first, second in zip(values[::2], values[1::2], strict=True)]
 
 
 @cute.jit
@@ -1002,9 +1112,17 @@ class QueryReader:
         if self.config.key_weight is not None:
             self.tensors.append((TYPES[self.config.key_weight], key_weights, weight_stride))
 
+    @property
+    def vector_words(self) -> int:
+        """Of what `load` loads."""
+        return sum(VECTOR * kind.width // 32 for kind, _, _ in self.tensors)
+
     def load(self, query: Int32 | int, column: Int32) -> list[list[Numeric]]:
         """The 16 or 32 bytes of the query, and of its key weight if there is one."""
         column = self.lane.column + column
+        # As rows of output: see Shape.octet_tokens
+        if self.kernel.shape.octet_tokens > 1:
+            query = query % self.kernel.shape.octet_queries
         inside = Boolean(query < self.config.num_queries)
         if self.kernel.ragged:
             inside = inside & (column < self.config.hidden_size)

@@ -11,10 +11,11 @@ from cutlass import BFloat16, Float32, Int32, Int64, Numeric
 from cute_kernels.device.mma import ptx
 from cute_kernels.device.rows import select
 
-PARTIAL_SUM = 1  # stream
+# streams
+PHASE_1_OUT = 0
+PARTIAL_SUM = 1
 ROUNDS = 10
 INFINITE_BITS = 0x7F800000
-ZERO_ORDER = -0x7F000000
 
 
 def magnitude_bits(x: Float32) -> Int32:
@@ -25,16 +26,6 @@ def finite_magnitude(x: Float32) -> Float32:
     """|x|; 0 for infinity and NaN, which play no part in a row's scale."""
     bits = magnitude_bits(x)
     return select(bits < INFINITE_BITS, bits, Int32(0)).bitcast(Float32)
-
-
-def order_of(x: Float32) -> Int32:
-    """An integer in the order of finite magnitudes, in two instructions: the bits twice, less 0x7F000000, by which infinity and NaN
-    wrap below zero's."""
-    return x.bitcast(Int32) * 2 + ZERO_ORDER
-
-
-def magnitude_from(order: Int32) -> Float32:
-    return ((order - ZERO_ORDER) >> 1 & 0x7FFFFFFF).bitcast(Float32)
 
 
 def scale_from(peak: Float32) -> Float32:

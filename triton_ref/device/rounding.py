@@ -23,6 +23,13 @@ def peak_bits(b_x, axis: tl.constexpr):
 
 
 @triton.jit
+def bound_bits(b_bound):
+    """As peak_bits, of bounds of rows' magnitudes: those beyond the largest finite number are that; NaN bounds nothing."""
+    b_bits = b_bound.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    return tl.where(b_bits > 0x7F800000, 0, tl.minimum(b_bits, 0x7F7FFFFF))
+
+
+@triton.jit
 def scale_from(peak):
     """The scale of a row from peak_bits; 1 for a row of zeros."""
     exponent = tl.where(peak == 0, 127, tl.maximum((peak >> 23) - 14, 1))
