@@ -294,9 +294,14 @@ def _allocate_gradients(
     partial_scale: Tensor | None = None,
     inter_values: Tensor | None = None,
     inter_scale: Tensor | None = None,
+    delta_dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
-    """d_partial, d_inter_out, d_inter_lse, d_query, d_key_weight, d_output_weight (the last two empty without such a weight)."""
-    found = [empty_as(tensor) for tensor in (partial, inter_out, inter_lse, query)]
+    """d_partial, d_inter_out, d_inter_lse, d_query, d_key_weight, d_output_weight (the last two empty without such a weight).
+
+    d_partial is delta's gradient too, and has the wider dtype of the two.
+    """
+    widest = partial.dtype if delta_dtype is None else torch.promote_types(partial.dtype, delta_dtype)
+    found = [empty_as(partial, widest), *(empty_as(tensor) for tensor in (inter_out, inter_lse, query))]
     return found + [
         query.new_empty(0) if weight is None else empty_as(weight) for weight in (key_weight, output_weight)
     ]
@@ -321,6 +326,7 @@ def _backward(
     partial_scale: Tensor | None = None,
     inter_values: Tensor | None = None,
     inter_scale: Tensor | None = None,
+    delta_dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
     gradients = _allocate_gradients(
         d_out,
@@ -337,6 +343,7 @@ def _backward(
         output_eps,
         scale,
         backend,
+        delta_dtype=delta_dtype,
     )
     fill_gradients(
         gradients,
@@ -476,10 +483,10 @@ def _gradient(
     if d_out is None:
         d_out = x.new_zeros(x.shape)
     scaled = (x_values, x_scale, inter_values, inter_scale)
-    found = backward(d_out, d_new_partial, x, *statistics, *ctx.options, *scaled)
+    found = backward(d_out, d_new_partial, x, *statistics, *ctx.options, *scaled, ctx.delta_dtype)
     d_partial, d_inter_out, d_inter_lse, d_query, d_key_weight, d_output_weight = found
     return (
-        d_partial,
+        d_partial.to(x.dtype),
         None if ctx.delta_dtype is None else d_partial.to(ctx.delta_dtype),
         d_query,
         None if key_weight is None else d_key_weight,
@@ -498,7 +505,8 @@ _phase_2 = Operator(
     "ScalarType? out_dtype, int? seed) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "(Tensor d_out, Tensor? d_new_partial, Tensor partial, Tensor query, Tensor? key_weight, Tensor inter_out, Tensor inter_lse, "
     "Tensor? output_weight, Tensor logit, Tensor rstd, float eps, float output_eps, float scale, str backend, "
-    "Tensor? partial_values, Tensor? partial_scale, Tensor? inter_values, Tensor? inter_scale) -> Tensor[]",
+    "Tensor? partial_values, Tensor? partial_scale, Tensor? inter_values, Tensor? inter_scale, ScalarType? delta_dtype) "
+    "-> Tensor[]",
     forward=forward,
     backward=_backward,
     allocate_forward=_allocate,
