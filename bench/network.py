@@ -439,10 +439,7 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device("cuda", torch.cuda.current_device())
     path = results.path_in(options.out, torch.cuda.get_device_name(), "network")
     metadata = results.metadata(device)
-    try:
-        before = results.resumed(path, metadata) if options.resume else None
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
+    before = results.resumed(path, metadata) if options.resume else None
     data: results.Results = before or {"metadata": metadata, "cases": []}
     autotune.speed_up()
     done = {entry["name"] for entry in data["cases"]}

@@ -75,13 +75,13 @@ CONDITIONS = ("device", "driver", "kernel sources", "torch", "triton", "nvidia-c
 
 
 def resumed(path: Path, now: dict[str, Any]) -> Results | None:
-    """The results at `path` to go on with, None where there are none. Raises ValueError where their conditions were others."""
+    """The results at `path` to go on with, None where there are none. Ends the program where their conditions were others."""
     if not path.exists():
         return None
     data: Results = json.loads(path.read_text())
     other = [name for name in CONDITIONS if data["metadata"].get(name) != now.get(name)]
     if other:
-        raise ValueError(f"{path} was measured with another {', '.join(other)}: start anew, without --resume")
+        raise SystemExit(f"{path} was measured with another {', '.join(other)}: start anew, without --resume")
     return data
 
 

@@ -185,10 +185,7 @@ def main(arguments: list[str] | None = None) -> int:
     path = results.path_in(options.out, torch.cuda.get_device_name())
     device = torch.device("cuda", torch.cuda.current_device())
     rounds = QUICK_ROUNDS if options.quick else ROUNDS
-    try:
-        suite = Suite(device, providers, path, rounds, options.peer_seconds, console, options.resume)
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
+    suite = Suite(device, providers, path, rounds, options.peer_seconds, console, options.resume)
     cases = suite.left(cases)
     for name, reason in suite.data["missing"].items():
         console.print(f"{name}: {reason}", markup=False)

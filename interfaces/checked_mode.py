@@ -79,8 +79,8 @@ def verify(
     for name, value in results.items():
         if value is None or (rows is not None and oracle.token_axis(name) is None):
             continue
-        found = numerics.judge_reference(_pick(value, name, rows), references[name], name in stochastic)
-        found = _at_row(found, rows)
+        reference = dataclasses.replace(references[name], stochastic=name in stochastic)
+        found = _at_row(numerics.judge_reference(_pick(value, name, rows), reference), rows)
         verdict = numerics.Verdict(op, name, backend, _dtype(value), _shape(value), found)
         if not verdict.ok:
             raise numerics.NumericsError(verdict)

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attnres import triton_interpreter
+from attnres.formats import DTYPES, MAIN
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 OPS = ("mix", "phase1", "phase2", "step")
-DTYPES = ("bf16", "fp16", "fp32", "bf16/fp32")
 BACKENDS = ("torch", "triton", "cute")
 
 
@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser(
         "report",
         help="judge every operation on every backend against the float64 oracle",
-        description="Runs every operation x backend x dtype x shape x input, forward and gradients, against the "
+        description="Runs every operation x backend x format x shape x input, forward and gradients, against the "
         "float64 oracle and its error budgets, compares the backends, and writes report.json, report.md and report.html. "
         "Without a GPU Triton runs in its interpreter at small sizes and the CuTe kernels are compiled and inspected. Exit "
         "code 1: a budget is broken, or CuTe is less accurate than Triton; 2: unusable arguments.",
@@ -57,8 +57,11 @@ def _parser() -> argparse.ArgumentParser:
         "report then tells, source by source, what bf16, fp16 and fp16 with a scale per row would lose of them.",
     )
     for name, known in (("backends", BACKENDS), ("dtypes", DTYPES), ("ops", OPS)):
-        allowed = ", ".join(known)
-        report.add_argument(f"--{name}", nargs="+", metavar="NAME", help=f"some of {allowed} (default: all)")
+        allowed, default = ", ".join(known), "all"
+        if name == "dtypes":
+            allowed += ": how sources are stored, / queries and weights, + what else differs"
+            default = f"all; with --inputs {', '.join(MAIN)}"
+        report.add_argument(f"--{name}", nargs="+", metavar="NAME", help=f"some of {allowed} (default: {default})")
     report.add_argument(
         "--inputs",
         type=Path,
@@ -79,9 +82,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _choice(name: str, given: list[str] | None, known: Sequence[str]) -> list[str]:
+def _choice(
+    name: str, given: list[str] | None, known: Sequence[str], default: Sequence[str] | None = None
+) -> list[str]:
     if given is None:
-        return list(known)
+        return list(default or known)
     wanted = [part for value in given for part in value.split(",") if part]
     unknown = [part for part in wanted if part not in known]
     if unknown or not wanted:
@@ -91,7 +96,7 @@ def _choice(name: str, given: list[str] | None, known: Sequence[str]) -> list[st
 
 def _report(arguments: argparse.Namespace) -> int:
     backends = _choice("backends", arguments.backends, BACKENDS)
-    dtypes = _choice("dtypes", arguments.dtypes, DTYPES)
+    dtypes = _choice("dtypes", arguments.dtypes, tuple(DTYPES), MAIN if arguments.inputs else None)
     ops = _choice("ops", arguments.ops, OPS)
 
     import torch
@@ -114,11 +119,12 @@ def _report(arguments: argparse.Namespace) -> int:
         if not arguments.gate:
             console.print(text, markup=False)
 
-    if capture is not None and "fp16" in dtypes and (beyond := precision.beyond_fp16(capture.sources)):
+    beyond = "" if capture is None else precision.beyond_fp16(capture.sources)
+    for name in [name for name in dtypes if beyond and DTYPES[name].plain_fp16]:
         if arguments.dtypes:
-            raise UnusableError(f"--dtypes fp16: {beyond}")
-        notice(f"fp16 is left out: {beyond}")
-        dtypes.remove("fp16")
+            raise UnusableError(f"--dtypes {name}: {beyond}")
+        notice(f"{name} is left out: {beyond}")
+        dtypes.remove(name)
     reasons = available_backends()
     runnable = [name for name in backends if reasons[name] is None]
     compile_reason = None
@@ -163,7 +169,7 @@ def _console() -> Console:
     from rich.console import Console
 
     # the tables need this much, also in a log file; a narrower terminal wraps them
-    return Console(width=max(165, Console().width))
+    return Console(width=max(170, Console().width))
 
 
 def _can_compile_cute() -> bool:

@@ -42,10 +42,14 @@ def evaluate(
     options: Mapping[str, Any],
     grads: Mapping[str, Tensor],
     storage: torch.dtype | str,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Float32 results and their noise, by the names of oracle.reference. Sources are stacked [L, T, D]."""
-    given: dict[str, Any] = {name: value.detach().float() for name, value in tensors.items()} | dict(options)
-    upstream = {name: grad.float() for name, grad in grads.items()}
+    """Float32 results and their noise, by the names of oracle.reference. Sources are stacked [L, T, D].
+
+    dtype: float64 gives the noise of float32 arithmetic with an unlimited range.
+    """
+    given: dict[str, Any] = {name: value.detach().to(dtype) for name, value in tensors.items()} | dict(options)
+    upstream = {name: grad.to(dtype) for name, grad in grads.items()}
     results = {"mix": _mix, "phase1": _phase1, "phase2": _phase2}[op](given, upstream, storage)
     return {name: pair.value for name, pair in results.items()}, {name: pair.noise for name, pair in results.items()}
 
@@ -249,7 +253,7 @@ def _hypot(first: Tensor, *others: Tensor) -> Tensor:
 
 def _sum_tokens(value: Tensor, noise: Tensor) -> Noisy:
     # squares of noise leave the range of float32
-    return Noisy(value.sum(0), noise.double().norm(dim=0).float())
+    return Noisy(value.sum(0), noise.double().norm(dim=0).to(value.dtype))
 
 
 def _over_sites(pairs: list[Noisy], added: bool = False) -> Noisy:

@@ -111,7 +111,9 @@ def _phase_2_specs(arguments: dict[str, Any]) -> list[backends.Spec]:
     given = [arguments[name] for name in ("partial_sum", "inter_out", "delta") if arguments[name] is not None]
     rows = [contracts.rows(contracts.memory(tensor)[0]) for tensor in given]
     stored = (arguments["out_dtype"] or given[0].dtype,)
-    gradients = (*stored, given[0].dtype, given[1].dtype)
+    delta = arguments["delta"]
+    d_partial = given[0].dtype if delta is None else torch.promote_types(given[0].dtype, delta.dtype)
+    gradients = (*stored, d_partial, given[1].dtype)
     scaled = arguments["storage"] is not None or any(isinstance(tensor, ScaledTensor) for tensor in given)
     return [
         contracts.spec("phase2_fwd", rows, stored=stored, scaled=scaled, seed=arguments["stochastic_seed"]),

@@ -1,4 +1,4 @@
-"""Named inputs: the shapes, storage dtypes and kinds of values that the accuracy report and the tests run every
+"""Named inputs: the shapes, dtypes and formats (formats.py) and kinds of values that the accuracy report and the tests run every
 operation on. `KINDS` describes the kinds of values: all of them, gradients of them and their squares in a row stay
 inside fp16's range.
 """
@@ -18,6 +18,8 @@ from torch import Tensor
 
 from attnres import oracle
 from attnres.backend import MAX_SOURCES
+from attnres.formats import DTYPES, MAIN, OTHERS, Format, torch_dtype
+from attnres.scaled import ScaledTensor
 
 OPS = ("mix", "phase1", "phase2", "step")
 KINDS: Mapping[str, str] = {
@@ -30,22 +32,7 @@ KINDS: Mapping[str, str] = {
 }
 EPS = 1e-6
 OUTPUT_EPS = 1e-5
-
-
-@dataclass(frozen=True)
-class Storage:
-    """Storage dtype of sources and outputs, and dtype of queries and weights."""
-
-    sources: torch.dtype
-    parameters: torch.dtype
-
-
-DTYPES: Mapping[str, Storage] = {
-    "bf16": Storage(torch.bfloat16, torch.bfloat16),
-    "fp16": Storage(torch.float16, torch.float16),
-    "fp32": Storage(torch.float32, torch.float32),
-    "bf16/fp32": Storage(torch.bfloat16, torch.float32),
-}
+SEED = 2**40 + 7  # of stochastic rounding
 
 
 @dataclass(frozen=True)
@@ -97,7 +84,7 @@ class Case:
     @property
     def stored_dtype(self) -> torch.dtype:
         """Dtype of sources, outputs and their gradients."""
-        return DTYPES[self.dtype].sources
+        return DTYPES[self.dtype].dtype
 
     @property
     def shape_name(self) -> str:
@@ -108,30 +95,30 @@ class Case:
 
 
 _BASE_KINDS = ("normal", "outliers", "depth", "ties", "peaked")
-_ALL_DTYPES = tuple(DTYPES)
 
 Plan = tuple[tuple[Shape, tuple[str, ...], tuple[str, ...]], ...]  # shape, kinds, dtypes
 
 _CPU: Plan = (
-    (Shape(5, 72, 4, 3), _BASE_KINDS, _ALL_DTYPES),
-    (Shape(3, 37, 1, 1, key_weight=False, output_norm=False, delta=False), ("normal",), _ALL_DTYPES),
+    (Shape(5, 72, 4, 3), _BASE_KINDS, MAIN),
+    (Shape(3, 37, 1, 1, key_weight=False, output_norm=False, delta=False), ("normal",), MAIN),
     (Shape(2, 130, 9, 2, output_norm=False, scale=0.5), ("normal", "outliers"), ("bf16", "fp32")),
-    (Shape(4, 384, 13, 2), ("captured",), _ALL_DTYPES),
+    (Shape(4, 384, 13, 2), ("captured",), MAIN),
     # error against depth, all else equal
     *((Shape(2, 64, sources), ("normal",), ("bf16",)) for sources in (2, 4, 8, 16)),
+    (Shape(3, 40, 3, 2), ("normal",), OTHERS),
 )
 CPU_PLAN: Mapping[str, Plan] = {
-    "mix": (*_CPU, (Shape(5, 72, 4, checkpoint_level=0), ("normal",), _ALL_DTYPES)),
+    "mix": (*_CPU, (Shape(5, 72, 4, checkpoint_level=0), ("normal",), MAIN)),
     "phase1": _CPU,
     "phase2": _CPU,
     "step": _CPU,
 }
 _PLAIN = {"key_weight": False, "output_norm": False, "delta": False}
-_CAPTURED: Plan = ((Shape(144, 384, 13, 8), ("captured",), _ALL_DTYPES),)
+_CAPTURED: Plan = ((Shape(144, 384, 13, 8), ("captured",), MAIN),)
 _BF16 = (("normal", "outliers"), ("bf16",))
 GPU_PLAN: Mapping[str, Plan] = {
     "mix": (
-        (Shape(517, 2304, 9), _BASE_KINDS, _ALL_DTYPES),
+        (Shape(517, 2304, 9), _BASE_KINDS, MAIN),
         (Shape(8192, 7168, 9, **_PLAIN), ("normal",), ("bf16",)),
         (Shape(331, 7168, 9), *_BF16),
         (Shape(1031, 4096, 5, output_norm=False, scale=0.5), *_BF16),
@@ -139,35 +126,39 @@ GPU_PLAN: Mapping[str, Plan] = {
         (Shape(263, 384, 29), *_BF16),
         (Shape(67, 7186, 5), *_BF16),
         (Shape(1, 7168, 1), *_BF16),
-        (Shape(517, 2304, 9, checkpoint_level=0), ("normal",), _ALL_DTYPES),
+        (Shape(517, 2304, 9, checkpoint_level=0), ("normal",), MAIN),
+        (Shape(259, 2304, 5), ("normal",), OTHERS),
         *_CAPTURED,
     ),
     "phase1": (
-        (Shape(517, 2048, 8, 16), _BASE_KINDS, _ALL_DTYPES),
+        (Shape(517, 2048, 8, 16), _BASE_KINDS, MAIN),
         (Shape(131, 7168, 8, 24), *_BF16),
         (Shape(1031, 2048, 4, 8, key_weight=False), *_BF16),
         (Shape(515, 4096, 8, 16, key_weight=False, scale=0.5), *_BF16),
         (Shape(259, 384, 29, 5), *_BF16),
         (Shape(67, 7186, 3, 2), *_BF16),
         (Shape(1, 2304, 1, 1), *_BF16),
+        (Shape(131, 2048, 4, 8), ("normal",), OTHERS),
         *_CAPTURED,
     ),
     "phase2": (
-        (Shape(1031, 4096, 9), _BASE_KINDS, _ALL_DTYPES),
+        (Shape(1031, 4096, 9), _BASE_KINDS, MAIN),
         (Shape(16384, 2048, 5, **_PLAIN), ("normal",), ("bf16",)),
         (Shape(1031, 7168, 9), *_BF16),
         (Shape(517, 2304, 5, output_norm=False), *_BF16),
         (Shape(67, 7186, 5), *_BF16),
         (Shape(1, 384, 2, **_PLAIN), *_BF16),
+        (Shape(259, 2304, 5), ("normal",), OTHERS),
         *_CAPTURED,
     ),
     "step": (
-        (Shape(259, 7168, 9), _BASE_KINDS, _ALL_DTYPES),
+        (Shape(259, 7168, 9), _BASE_KINDS, MAIN),
         (Shape(8192, 7168, 9), ("normal",), ("bf16",)),
         (Shape(1, 7168, 9), *_BF16),
         (Shape(67, 2304, 17, output_norm=False), *_BF16),
         (Shape(64, 2048, 1), *_BF16),
         (Shape(67, 7186, 5, key_weight=False), *_BF16),
+        (Shape(67, 2304, 5), ("normal",), OTHERS),
         *_CAPTURED,
     ),
 }
@@ -250,16 +241,16 @@ def make_case(
 
 class _Values:
     def __init__(
-        self, shape: Shape, kind: str, storage: Storage, device: torch.device, seed: int, capture: Capture | None
+        self, shape: Shape, kind: str, stored_as: Format, device: torch.device, seed: int, capture: Capture | None
     ):
-        self.shape, self.kind, self.storage, self.device, self.capture = shape, kind, storage, device, capture
+        self.shape, self.kind, self.stored_as, self.device, self.capture = shape, kind, stored_as, device, capture
         self.generator = torch.Generator(device).manual_seed(seed)
 
     def normal(self, *size: int) -> Tensor:
         return torch.randn(*size, device=self.device, generator=self.generator)
 
-    def sources(self, count: int) -> Tensor:
-        """[count, T, D] in the storage dtype"""
+    def rows(self, count: int) -> Tensor:
+        """float32 [count, T, D]: sources that are still to be stored"""
         size = (count, self.shape.tokens, self.shape.hidden_size)
         if self.kind == "captured":
             assert self.capture is not None
@@ -274,96 +265,116 @@ class _Values:
             value[:, ::8, channels] *= 200
         if self.kind == "depth":
             value *= 0.15 * 2 ** (9 * torch.arange(count, device=self.device) / max(1, count - 1)).view(-1, 1, 1)
-        return value.to(self.storage.sources)
+        return value
+
+    def sources(self, rows: Tensor) -> list[Tensor | ScaledTensor]:
+        """float32 [count, T, D] in the sources' format"""
+        return [self.stored_as.stored(value, self.stored_as.sources) for value in rows]
 
     def queries(self, count: int) -> Tensor:
         """[count, D] in the parameters' dtype"""
         if self.capture is not None and self.capture.queries is not None:
-            return self.capture.queries[torch.arange(count)].to(self.device, self.storage.parameters)
+            return self._parameter(self.capture.queries[torch.arange(count)].to(self.device))
         deviation = 24.0 if self.kind == "peaked" else 1.5
-        value = self.normal(count, self.shape.hidden_size) * (deviation / math.sqrt(self.shape.hidden_size))
-        return value.to(self.storage.parameters)
+        return self._parameter(
+            self.normal(count, self.shape.hidden_size) * (deviation / math.sqrt(self.shape.hidden_size))
+        )
 
     def key_weight(self) -> Tensor | None:
         if not self.shape.key_weight:
             return None
         if self.capture is not None and self.capture.rms_weight is not None:
-            return self.capture.rms_weight.to(self.device, self.storage.parameters)
+            return self._parameter(self.capture.rms_weight.to(self.device))
         return self._weight()
 
     def output_weight(self) -> Tensor | None:
         return self._weight() if self.shape.output_norm else None
 
-    def gradient(self, *size: int) -> Tensor:
-        return self.normal(*size).to(self.storage.sources)
+    def grad_out(self, *size: int) -> Tensor:
+        return self.normal(*size).to(torch_dtype(self.stored_as.out))
+
+    def options(self, *names: str) -> dict[str, Any]:
+        """Of these keyword arguments, which say how results are stored, those that the format has."""
+        out = torch_dtype(self.stored_as.out)
+        found = {
+            "out_dtype": None if out == self.stored_as.dtype else out,
+            "storage": self.stored_as.storage,
+            "stochastic_seed": SEED if self.stored_as.stochastic else None,
+        }
+        return {name: found[name] for name in names if found[name] is not None}
 
     def _weight(self) -> Tensor:
-        return (1 + 0.25 * self.normal(self.shape.hidden_size)).to(self.storage.parameters)
+        return self._parameter(1 + 0.25 * self.normal(self.shape.hidden_size))
+
+    def _parameter(self, value: Tensor) -> Tensor:
+        return value.to(torch_dtype(self.stored_as.parameters))
 
 
 def _mix(values: _Values) -> tuple[dict[str, Any], dict[str, Tensor]]:
     shape = values.shape
     arguments = {
         "query": values.queries(1)[0],
-        "residuals": list(values.sources(shape.sources)),
+        "residuals": values.sources(values.rows(shape.sources)),
         "rms_weight": values.key_weight(),
         "output_rms_weight": values.output_weight(),
         "rms_eps": EPS,
         "scale": shape.scale,
+        **values.options("out_dtype"),
     }
-    return arguments, {"out": values.gradient(shape.tokens, shape.hidden_size)}
+    return arguments, {"out": values.grad_out(shape.tokens, shape.hidden_size)}
 
 
 def _phase1(values: _Values) -> tuple[dict[str, Any], dict[str, Tensor]]:
     shape = values.shape
     arguments = {
-        "block_representations": list(values.sources(shape.sources)),
+        "block_representations": values.sources(values.rows(shape.sources)),
         "pseudo_queries": values.queries(shape.queries),
         "eps": EPS,
         "rms_weight": values.key_weight(),
         "scale": shape.scale,
+        **values.options("out_dtype", "storage", "stochastic_seed"),
     }
-    out = values.gradient(shape.queries, shape.tokens, shape.hidden_size)
+    out = values.grad_out(shape.queries, shape.tokens, shape.hidden_size)
     return arguments, {"out": out, "lse": values.normal(shape.queries, shape.tokens)}
 
 
 def _phase2(values: _Values) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    shape = values.shape
-    blocks = max(1, shape.sources - 1)
-    *finished, partial, delta = values.sources(blocks + 2)
+    shape, stored_as = values.shape, values.stored_as
+    *finished, partial, delta = values.rows(max(1, shape.sources - 1) + 2)
     query, weight = values.queries(1), values.key_weight()
-    inter = oracle.phase1(finished, query, EPS, weight, shape.scale, dtype=torch.float32)
+    blocks = values.sources(torch.stack(finished))
+    inter = oracle.phase1(blocks, query, EPS, weight, shape.scale, dtype=torch.float32)
     arguments = {
-        "partial_sum": partial,
+        "partial_sum": stored_as.stored(partial, stored_as.sources),
         "pseudo_query": query[0],
-        "inter_out": inter.out[0].to(values.storage.sources),
+        "inter_out": stored_as.stored(inter.out[0], stored_as.inter_out),
         "inter_lse": inter.lse[0],
         "eps": EPS,
         "rms_weight": weight,
         "scale": shape.scale,
-        "delta": delta if shape.delta else None,
+        "delta": stored_as.stored(delta, stored_as.delta) if shape.delta else None,
         "output_rms_weight": values.output_weight(),
         "output_rms_eps": OUTPUT_EPS,
+        **values.options("out_dtype", *("storage", "stochastic_seed") * shape.delta),
     }
-    gradients = {"out": values.gradient(shape.tokens, shape.hidden_size)}
+    gradients = {"out": values.grad_out(shape.tokens, shape.hidden_size)}
     if shape.delta:
-        gradients["new_partial"] = values.gradient(shape.tokens, shape.hidden_size)
+        gradients["new_partial"] = values.normal(shape.tokens, shape.hidden_size).to(stored_as.dtype)
     return arguments, gradients
 
 
 def _step(values: _Values) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    shape = values.shape
+    shape, stored_as = values.shape, values.stored_as
     count = shape.sources - 1
-    *finished, prefix, delta = values.sources(count + 2)
+    *finished, prefix, delta = values.rows(count + 2)
     # two blocks not finished yet: nothing may read them
     blocks = torch.full((shape.tokens, count + 2, shape.hidden_size), math.nan, device=values.device)
-    blocks = blocks.to(values.storage.sources)
     for index, block in enumerate(finished):
         blocks[:, index] = block
     arguments = {
-        "prefix": prefix,
-        "delta": delta if shape.delta else None,
-        "blocks": blocks,
+        "prefix": stored_as.stored(prefix, stored_as.sources),
+        "delta": stored_as.stored(delta, stored_as.delta) if shape.delta else None,
+        "blocks": stored_as.stored(blocks, stored_as.sources),
         "norm_weight": values.key_weight(),
         "qk_weight": values.queries(1)[0],
         "output_norm_weight": values.output_weight(),
@@ -371,5 +382,6 @@ def _step(values: _Values) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "block_write_idx": count if shape.delta else -1,
         "eps": EPS,
         "output_norm_eps": OUTPUT_EPS,
+        **values.options("out_dtype", *("stochastic_seed",) * shape.delta),
     }
     return arguments, {}

@@ -23,7 +23,8 @@ a large relative one.
 evaluate, and the closed form's expected rounding noise. A float32 query gradient of one token and two sources has one
 random number in it, and a single evaluation lands within a quarter of the noise every fifth time. With one source the
 exact query gradient is zero; errors are absolute then, and float32 autograd finds exactly zero too, where d by
-another sum would not.
+another sum would not. Where sources are so large that their squares leave float32's range (scaled fp16 holds them), it
+is the expected noise alone.
 
 Largest error: with y the float32 result and x the exact one, |round(y) - x| <= |round(x) - x| + 2 |y - x| for each
 element. So rounding to nearest of a result twice as far off as float32 always passes; an unwritten, swapped or
@@ -74,10 +75,12 @@ class Reference:
     plain32: tuple[Tensor, ...] = ()  # float32 evaluations
     noise: Tensor | None = None  # expected float32 error of each element (one standard deviation)
     per_source: bool = False  # stacked [L, ...] here, L tensors in the public interface: each one has its own budget
+    stochastic: bool = False  # the result is rounded to one of its neighbours at random
 
     def __getitem__(self, index: int) -> Reference:
         noise = None if self.noise is None else self.noise[index]
-        return Reference(self.exact[index], self.kind, tuple(value[index] for value in self.plain32), noise)
+        plain32 = tuple(value[index] for value in self.plain32)
+        return Reference(self.exact[index], self.kind, plain32, noise, stochastic=self.stochastic)
 
 
 @dataclass(frozen=True)
@@ -233,8 +236,10 @@ def _judge_stochastic(actual: Tensor | ScaledTensor, exact: Tensor, plain: Seque
     exact, low, high, measured = (value.masked_fill(special, 0.0) for value in (exact, low, high, measured))
     norms = _Norms(exact, storage)
     below, above = (_neighbour(exact / scale, values.dtype, up) * scale for up in (False, True))
-    floor, largest_floor, _ = norms.of(((exact - below) * (above - exact)).clamp_min(0).sqrt())
-    error, largest, worst_row = norms.of((measured - exact).masked_fill(~inside, math.nan))
+    expected = ((exact - below) * (above - exact)).clamp_min(0).sqrt()
+    found = (measured - exact).masked_fill(~inside, math.nan)
+    floor, largest_floor, _ = norms.of(expected)
+    error, largest, worst_row = norms.of(found)
     budget, largest_budget, _ = norms.of(torch.maximum(exact - low, high - exact))
     return Measurement(
         error=error,
@@ -245,6 +250,8 @@ def _judge_stochastic(actual: Tensor | ScaledTensor, exact: Tensor, plain: Seque
         budget=budget,
         largest_budget=largest_budget,
         worst_row=worst_row,
+        row_errors=norms.over_rows(found),
+        row_floors=norms.over_rows(expected),
     )
 
 
@@ -259,13 +266,11 @@ def _neighbour(exact: Tensor, dtype: torch.dtype, up: bool) -> Tensor:
     return torch.where(nearest.isnan(), math.nan, bits.view(dtype).double())
 
 
-def judge_reference(
-    actual: Tensor | ScaledTensor | Sequence[Tensor], reference: Reference, stochastic: bool = False
-) -> Measurement:
+def judge_reference(actual: Tensor | ScaledTensor | Sequence[Tensor], reference: Reference) -> Measurement:
     """`judge` against an oracle.reference. The gradients of several sources are judged one by one; returns the
     worst."""
     if reference.per_source:
-        return max((judge_reference(part, reference[i], stochastic) for i, part in enumerate(actual)), key=_severity)
+        return max((judge_reference(part, reference[i]) for i, part in enumerate(actual)), key=_severity)
     assert isinstance(actual, (Tensor, ScaledTensor))
     return judge(
         actual,
@@ -273,7 +278,7 @@ def judge_reference(
         kind=reference.kind,
         plain32=reference.plain32,
         noise=reference.noise,
-        stochastic=stochastic,
+        stochastic=reference.stochastic,
     )
 
 

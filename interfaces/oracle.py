@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from attnres import closed_form, scaled
+from attnres import closed_form, rounding, scaled
 from attnres.numerics import Kind, Reference
 from attnres.scaled import SCALED_FP16, ScaledTensor
 
@@ -129,19 +129,46 @@ def step(
     eps: float,
     output_norm_eps: float,
     *,
+    stochastic_seed: int | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Step:
     """The serving site, out of place: the mix of blocks[:, :num_blocks] and the updated prefix; what is written in
     place."""
-    arguments = _step_as_mix(prefix, delta, blocks, norm_weight, qk_weight, output_norm_weight, num_blocks, eps)
+    updated: Any = prefix.clone() if delta is None else new_sum(prefix, delta, stochastic_seed)
+    arguments = _step_as_mix(updated, blocks, norm_weight, qk_weight, output_norm_weight, num_blocks, eps)
     out = mix(**arguments, output_rms_eps=output_norm_eps, dtype=dtype).out
-    updated, written = arguments["residuals"][-1], blocks.clone()
+    written = blocks.clone()
     if block_write_idx >= 0:
         if isinstance(written, ScaledTensor):
             written.values[:, block_write_idx], written.scale[:, block_write_idx] = updated.values, updated.scale
         else:
             written[:, block_write_idx] = updated
     return Step(out, updated, written)
+
+
+def new_sum(
+    partial: Tensor | ScaledTensor, delta: Tensor, seed: int | None = None, storage: str | None = None
+) -> Tensor | ScaledTensor:
+    """partial + delta [T, D], to the bit as phase 2 and the step store it: in partial's format, or as `storage` says."""
+    exact = partial.to(torch.float64) + delta.double()
+    if storage is None and isinstance(partial, Tensor):
+        # stochastic rounding is defined on the float32 sum
+        return exact.to(partial.dtype) if seed is None else _drawn(exact.float(), partial.dtype, seed)
+    found = ScaledTensor.from_tensor(exact.float(), partial.dtype)
+    if seed is None:
+        return found
+    rows = exact.float() * scaled.inverse(found.scale).unsqueeze(-1)
+    return ScaledTensor(_drawn(rows, torch.float16, seed), found.scale, partial.dtype)
+
+
+def _drawn(rows: Tensor, dtype: torch.dtype, seed: int) -> Tensor:
+    return rounding.stochastic(rows, dtype, seed, rounding.PARTIAL_SUM)
+
+
+def after_step(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """prefix and blocks, to the bit as a step with these public arguments by name leaves them."""
+    found = step(**{name: value for name, value in arguments.items() if name != "out_dtype"})
+    return {"prefix": found.prefix, "blocks": found.blocks}
 
 
 def network(
@@ -213,30 +240,38 @@ def reference(
     """Exact results of one call, with what float32 can do: outputs by name, gradients as "d_" + argument name.
 
     op: "mix", "phase1", "phase2" or "step". arguments: the public ones by name, leading dimensions flattened to one
-    token axis (residuals [L, T, D] or L tensors [T, D]); names with value None may be left out, out_dtype makes no
-    difference, and rounding is to nearest. grad_outputs: by
-    output name ("out", "lse", "new_partial"); with it come the gradients of all tensor arguments, residuals as one
-    stacked [L, T, D]. "step" has no gradient; its in-place results come exactly from `step`.
+    token axis (residuals [L, T, D] or L tensors [T, D]); names with value None may be left out, and out_dtype makes no
+    difference. grad_outputs: by output name ("out", "lse", "new_partial"); with it come the gradients of all tensor
+    arguments, residuals as one stacked [L, T, D]. "step" has no gradient; its in-place results come from `after_step`.
+    With stochastic_seed the new sum is the one that rounding.py defines, its reference (of a step: "prefix") the exact
+    one, and what is rounded stochastically says so.
     """
+    seed = arguments.get("stochastic_seed")
+    given = {name: value for name, value in arguments.items() if name not in ("out_dtype", "stochastic_seed")}
     if op == "step":
-        given = {name: value for name, value in arguments.items() if name != "out_dtype"}
-        eps = given.pop("output_norm_eps")
-        del given["block_write_idx"]
-        as_mix = {**_step_as_mix(**given), "output_rms_eps": eps}
-        return {"out": reference("mix", as_mix, chunk_tokens=chunk_tokens)["out"]}
-    given = {name: _exact(value) for name, value in arguments.items() if name != "out_dtype"}
-    tensors, options = _split(given | _storage(op, arguments))
-    storage = options.pop("storage", None) or next(v.dtype for name, v in tensors.items() if name in _PER_TOKEN)
+        return _step_reference(given, seed, chunk_tokens)
+    summed = None
+    if op == "phase2" and seed is not None:
+        summed = _stochastic_sum(given["partial_sum"], given["delta"])
+        # as it was drawn; adding zeros to it is exact
+        kept = new_sum(given["partial_sum"], given["delta"], seed, given.pop("storage", None))
+        given |= {"partial_sum": kept, "delta": torch.zeros_like(given["delta"])}
+    storage = _sum_format(given) if op == "phase2" else torch.float64
+    tensors, options = _split({name: _exact(value) for name, value in given.items() if name != "storage"})
     grads = {name: grad.detach() for name, grad in (grad_outputs or {}).items() if grad is not None}
     collected: dict[str, dict[str, list[Tensor]]] = {}
     for first, count in _chunks(tensors, chunk_tokens):
         part = {name: _narrow(name, value, first, count) for name, value in tensors.items()}
         part_grads = {name: _narrow(name, grad, first, count) for name, grad in grads.items()}
-        evaluations = {
-            "exact": _autograd(op, part, options, part_grads, torch.float64, storage),
-            "autograd32": _autograd(op, part, options, part_grads, torch.float32, storage),
-        }
-        evaluations["closed32"], evaluations["noise"] = closed_form.evaluate(op, part, options, part_grads, storage)
+        given_part = (op, part, options, part_grads)
+        evaluations = {"exact": _autograd(*given_part, torch.float64, storage)}
+        if _beyond_float32(part):
+            # float32 cannot evaluate these formulas as they stand; kernels bring the rows into range first
+            evaluations["autograd32"] = evaluations["closed32"] = evaluations["exact"]
+            _, evaluations["noise"] = closed_form.evaluate(*given_part, storage, torch.float64)
+        else:
+            evaluations["autograd32"] = _autograd(*given_part, torch.float32, storage)
+            evaluations["closed32"], evaluations["noise"] = closed_form.evaluate(*given_part, storage)
         for which, results in evaluations.items():
             for name, value in results.items():
                 collected.setdefault(name, {}).setdefault(which, []).append(value)
@@ -245,8 +280,40 @@ def reference(
         joined = {which: _join(name, values, noise=which == "noise") for which, values in found.items()}
         kind: Kind = "gradient" if name.startswith("d_") else "statistic" if name in STATISTICS else "output"
         plain32 = (joined["autograd32"], joined["closed32"])
-        references[name] = Reference(joined["exact"], kind, plain32, joined["noise"], name[2:] in _SOURCES)
-    return references
+        references[name] = Reference(
+            joined["exact"], kind, plain32, joined["noise"], name[2:] in _SOURCES, name in _drawn_names(op, given, seed)
+        )
+    return references if summed is None else {**references, "new_partial": summed}
+
+
+def _step_reference(given: dict[str, Any], seed: int | None, chunk_tokens: int | None) -> dict[str, Reference]:
+    eps = given.pop("output_norm_eps")
+    del given["block_write_idx"]
+    prefix, delta = given.pop("prefix"), given.pop("delta")
+    updated = prefix if delta is None else new_sum(prefix, delta, seed)
+    as_mix = {**_step_as_mix(updated, **given), "output_rms_eps": eps}
+    found = {"out": reference("mix", as_mix, chunk_tokens=chunk_tokens)["out"]}
+    return found if seed is None else {**found, "prefix": _stochastic_sum(prefix, delta)}
+
+
+def _stochastic_sum(partial: Tensor | ScaledTensor, delta: Tensor) -> Reference:
+    exact = partial.to(torch.float64) + delta.double()
+    return Reference(exact, "output", (exact.float(),), stochastic=True)
+
+
+def _drawn_names(op: str, given: Mapping[str, Any], seed: int | None) -> tuple[str, ...]:
+    """Of phase 1: what its seed rounds stochastically."""
+    if op != "phase1" or seed is None:
+        return ()
+    # of one format; stacked, its dtype is that of each
+    blocks = given["block_representations"]
+    first = blocks[0] if isinstance(blocks, (list, tuple)) else blocks
+    return ("out",) if first.dtype == torch.float32 else ("out", "d_block_representations")
+
+
+def _beyond_float32(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether squares and products of the sources leave float32's range."""
+    return any(bool((value.abs() > 2.0**56).any()) for name, value in tensors.items() if name in _PER_TOKEN)
 
 
 def _autograd(
@@ -304,15 +371,14 @@ def _exact(value: Any) -> Any:
     return value.detach().to(torch.float64) if isinstance(value, ScaledTensor) else value
 
 
-def _storage(op: str, arguments: Mapping[str, Any]) -> dict[str, str | None]:
-    """The format of phase 2's new partial sum, where it is not a dtype."""
-    scaled_sum = arguments.get("storage") or isinstance(arguments.get("partial_sum"), ScaledTensor)
-    return {"storage": SCALED_FP16 if op == "phase2" and scaled_sum else None}
+def _sum_format(given: Mapping[str, Any]) -> torch.dtype | str:
+    """Of phase 2's new partial sum."""
+    partial = given["partial_sum"]
+    return SCALED_FP16 if given.get("storage") or isinstance(partial, ScaledTensor) else partial.dtype
 
 
 def _step_as_mix(
-    prefix: Tensor | ScaledTensor,
-    delta: Tensor | None,
+    updated: Tensor | ScaledTensor,
     blocks: Tensor | ScaledTensor,
     norm_weight: Tensor | None,
     qk_weight: Tensor,
@@ -320,11 +386,6 @@ def _step_as_mix(
     num_blocks: int,
     eps: float,
 ) -> dict[str, Any]:
-    if delta is None:
-        updated = prefix.clone()
-    else:
-        exact = prefix.to(torch.float64) + delta.double()
-        updated = exact.to(prefix.dtype) if isinstance(prefix, Tensor) else ScaledTensor.from_tensor(exact.float())
     return {
         "query": qk_weight,
         "residuals": [*blocks[:, :num_blocks].unbind(1), updated],

@@ -252,10 +252,15 @@ def _allocate_gradients(
     output_weight: Tensor | None,
     logit: Tensor,
     rstd: Tensor,
+    delta_dtype: torch.dtype | None,
     options: Options,
 ) -> list[Tensor]:
-    """d_partial, d_inter_out, d_inter_lse, d_query, d_key_weight, d_output_weight (the last two empty without such a weight)."""
-    found = [empty_as(tensor) for tensor in (partial, inter_out, inter_lse, query)]
+    """d_partial, d_inter_out, d_inter_lse, d_query, d_key_weight, d_output_weight (the last two empty without such a weight).
+
+    d_partial is delta's gradient too, and has the wider dtype of the two.
+    """
+    widest = partial.dtype if delta_dtype is None else torch.promote_types(partial.dtype, delta_dtype)
+    found = [empty_as(partial, widest), *(empty_as(tensor) for tensor in (inter_out, inter_lse, query))]
     return found + [
         query.new_empty(0) if weight is None else empty_as(weight) for weight in (key_weight, output_weight)
     ]
@@ -263,8 +268,9 @@ def _allocate_gradients(
 
 def _backward(*arguments: Any) -> list[Tensor]:
     """As _allocate_gradients, whose arguments it has."""
+    *given, _delta_dtype, options = arguments
     gradients = _allocate_gradients(*arguments)
-    fill_gradients(gradients, *arguments)
+    fill_gradients(gradients, *given, options)
     return gradients
 
 
@@ -373,10 +379,10 @@ def _gradient(
         d_out = x.new_zeros(x.shape)
     parts = {"partial_values": x_values, "partial_scale": x_scale}
     options = ctx.options._replace(**parts, inter_values=inter_values, inter_scale=inter_scale)
-    found = backward(d_out, d_new_partial, x, *statistics, options)
+    found = backward(d_out, d_new_partial, x, *statistics, ctx.delta_dtype, options)
     d_partial, d_inter_out, d_inter_lse, d_query, d_key_weight, d_output_weight = found
     return (
-        d_partial,
+        d_partial.to(x.dtype),
         None if ctx.delta_dtype is None else d_partial.to(ctx.delta_dtype),
         d_query,
         None if key_weight is None else d_key_weight,
@@ -392,7 +398,7 @@ _phase_2 = Operator(
     "(Tensor partial, Tensor? delta, Tensor query, Tensor? key_weight, Tensor inter_out, Tensor inter_lse, Tensor? output_weight, "
     f"{_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "(Tensor d_out, Tensor? d_new_partial, Tensor partial, Tensor query, Tensor? key_weight, Tensor inter_out, Tensor inter_lse, "
-    f"Tensor? output_weight, Tensor logit, Tensor rstd, {_OPTIONS}) -> Tensor[]",
+    f"Tensor? output_weight, Tensor logit, Tensor rstd, ScalarType? delta_dtype, {_OPTIONS}) -> Tensor[]",
     forward=forward,
     backward=_backward,
     allocate_forward=_allocate,

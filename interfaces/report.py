@@ -1,12 +1,15 @@
-"""The accuracy report: every operation x backend x dtype x shape x input, forward and gradients, against oracle and
+"""The accuracy report: every operation x backend x format x shape x input, forward and gradients, against oracle and
 floor.
 
-`run` calls the public functions with backend= on the named cases of inputs.py and judges every output and every
-gradient by numerics.py; then it compares the backends with each other on the same inputs. A backend that refuses a
-case gets a row with its reason, which is no error unless no backend of the run takes the case. Where CuTe cannot run,
-every one of its kernels is compiled for sm_90a instead and its registers, spills and shared memory are reported; a
-spill is a broken row. Where captured activations are run, precision.py tells what 16-bit storage would lose of them, and
-storage.py what a storage format costs two phases: scaled fp16 at most a quarter of bf16's error.
+A format (formats.py) is a combination of dtypes and storage formats: bf16, fp16, fp32, bf16 with fp32 queries and weights
+and scaled fp16 run on every shape and input, every other one that dtypes.TABLE allows on one shape. `run` calls the public
+functions with backend= on the named cases of inputs.py and judges every output and every gradient by numerics.py; then it
+compares the backends with each other on the same inputs. A backend that refuses a case gets a row with its reason, which is
+no error unless no backend of the run takes the case; where the gradient runs on another backend than asked for
+(backend.choose_backward), its rows say on which and why. Where CuTe cannot run, every one of its kernels is compiled for
+sm_90a instead and its registers, spills and shared memory are reported; a spill is a broken row. Where captured activations
+are run, precision.py tells what 16-bit storage would lose of them, and storage.py what a storage format costs two phases:
+scaled fp16 at most a quarter of bf16's error.
 
 Not worse than Triton means: CuTe's error is at most 1 % above the larger of Triton's error and the floor, plus the
 error of plain float32 evaluation. Two kernels that are equally good differ by that much: a 16-bit result rounds
@@ -33,20 +36,28 @@ import torch
 from torch import Tensor
 
 import attnres
-from attnres import inputs, numerics, oracle, precision, storage
+from attnres import formats, inputs, numerics, oracle, precision, storage
 from attnres.backend import BackendError
 from attnres.inputs import Capture, Case, Shape
 from attnres.numerics import Measurement, Quantiles, Reference
 from attnres.precision import SourceRisk
+from attnres.scaled import ScaledTensor
 from attnres.storage import StorageError
 
 BACKENDS = ("torch", "triton", "cute")
+PUBLIC: Mapping[str, Callable[..., Any]] = {
+    "mix": attnres.attn_res,
+    "phase1": attnres.phase_1,
+    "phase2": attnres.phase_2,
+    "step": attnres.attn_res_step,
+}
 NOT_WORSE_FACTOR = 1.01
 NOT_WORSE_STATISTIC = 0.1 * numerics.STATISTIC_BUDGET
-# tokens of a user's file that are used: the interpreter is slow, and the oracle keeps ten float64 copies on the GPU
+# tokens that are used of a user's file, and to compare storage formats: the interpreter is slow, and the oracle keeps ten
+# float64 copies on the GPU
 CAPTURE_TOKENS = {"cpu": 8, "cuda": 16384}
 
-Results = dict[str, Tensor | list[Tensor]]
+Results = dict[str, Tensor | ScaledTensor | list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -73,6 +84,7 @@ class Row:
     row_errors: Quantiles | None = None
     row_floors: Quantiles | None = None
     sources: int = 0  # mixed by the call
+    ran_on: str = ""  # where `backend` has no kernel for the gradient: the backend that has; note says why
     note: str = ""
 
 
@@ -147,14 +159,14 @@ def jobs(ops: Iterable[str], dtypes: Sequence[str], device: torch.device, captur
         layers, tokens, width = capture.sources.shape
         queries = 2 if capture.queries is None else len(capture.queries)
         shape = Shape(min(tokens, CAPTURE_TOKENS[device.type]), width, layers, queries)
-        return [Job(op, shape, "captured", dtype) for op in ops for dtype in dtypes]
+        return [Job(op, shape, "captured", dtype) for op in ops for dtype in dtypes if formats.read(op, dtype)]
     return [
         Job(op, shape, kind, dtype)
         for op in ops
         for shape, kinds, allowed in plan[op]
         for dtype in dtypes
         for kind in kinds
-        if dtype in allowed
+        if dtype in allowed and formats.read(op, dtype)
     ]
 
 
@@ -175,7 +187,7 @@ def run(
         report.metadata["activations"] = f"{captured.name}: {layers} sources, {tokens} tokens, D {width}"
         report.precision_at_risk = precision.at_risk(captured.sources)
         if layers >= 3 and any(job.kind == "captured" and job.op in ("phase1", "phase2") for job in chosen):
-            report.storage = storage.measure(captured.sources, backends, device)
+            report.storage = storage.measure(captured.sources[:, : CAPTURE_TOKENS[device.type]], backends, device)
             progress("storage formats")
     if backends:
         for job in chosen:
@@ -209,10 +221,11 @@ def evaluate(case: Case, backends: Sequence[str]) -> tuple[list[Row], list[Pair]
     measured: dict[str, dict[str, Measurement]] = {}
     for backend, found in results.items():
         measured[backend] = numerics.judge_all(found, references)
+        elsewhere = _gradient_elsewhere(case, backend)
         for name, measurement in measured[backend].items():
-            rows.append(_measured_row(case, name, backend, measurement))
+            rows.append(_measured_row(case, name, backend, measurement, elsewhere))
         if case.op == "step":
-            rows += _in_place_rows(case, backend, found)
+            rows += _in_place_rows(case, backend, found, references)
     pairs = [
         _pair(case, name, reference, (first, second), results, measured)
         for first, second in combinations(results, 2)
@@ -227,24 +240,21 @@ def call(case: Case, backend: str) -> Results:
     given = dict(case.arguments)
     if case.op == "step":
         given |= {"prefix": given["prefix"].clone(), "blocks": given["blocks"].clone()}
-        out = attnres.attn_res_step(**given, backend=backend)
+        out = PUBLIC["step"](**given, backend=backend)
         return {"out": out, "prefix": given["prefix"], "blocks": given["blocks"]}
-    leaves = {name: _leaves(value) for name, value in given.items() if isinstance(value, (Tensor, list))}
+    leaves = {name: _leaves(value) for name, value in given.items() if isinstance(value, (Tensor, ScaledTensor, list))}
     given |= leaves
-    outputs: dict[str, Tensor]
     if case.op == "mix":
         given |= {"return_weights": True, "checkpoint_level": case.shape.checkpoint_level}
-        outputs = _named(attnres.attn_res(**given, backend=backend), "out", "weights")
-    elif case.op == "phase1":
-        outputs = _named(attnres.phase_1(**given, backend=backend), "out", "lse")
-    else:
-        outputs = _named(attnres.phase_2(**given, backend=backend), "out", "new_partial")
-    flat = [leaf for value in leaves.values() for leaf in (value if isinstance(value, list) else [value])]
+    found = PUBLIC[case.op](**given, backend=backend)
+    names = {"mix": ("out", "weights"), "phase1": ("out", "lse"), "phase2": ("out", "new_partial")}[case.op]
+    outputs = dict(zip(names, found if isinstance(found, tuple) else (found,), strict=False))
+    flat = [_node(leaf) for value in leaves.values() for leaf in (value if isinstance(value, list) else [value])]
     upstream = case.grad_outputs
-    found = iter(torch.autograd.grad([outputs[name] for name in upstream], flat, list(upstream.values())))
+    grads = iter(torch.autograd.grad([_node(outputs[name]) for name in upstream], flat, list(upstream.values())))
     results: Results = {name: value.detach() for name, value in outputs.items()}
     for name, value in leaves.items():
-        results[f"d_{name}"] = [next(found) for _ in value] if isinstance(value, list) else next(found)
+        results[f"d_{name}"] = [next(grads) for _ in value] if isinstance(value, list) else next(grads)
     return results
 
 
@@ -292,14 +302,15 @@ def source_digest() -> str:
     return digest.hexdigest()
 
 
-def _leaves(value: Tensor | list[Tensor]) -> Any:
+def _leaves(value: Any) -> Any:
     if isinstance(value, list):
         return [_leaves(each) for each in value]
     return value.detach().clone().requires_grad_()
 
 
-def _named(values: Tensor | tuple[Tensor, ...], *names: str) -> dict[str, Tensor]:
-    return dict(zip(names, (values,) if isinstance(values, Tensor) else values, strict=False))
+def _node(value: Tensor | ScaledTensor) -> Tensor:
+    """Its place in the autograd graph."""
+    return value if isinstance(value, Tensor) else value.stand_in
 
 
 def _row(case: Case, direction: str, tensor: str, backend: str, verdict: str, **numbers: Any) -> Row:
@@ -307,13 +318,24 @@ def _row(case: Case, direction: str, tensor: str, backend: str, verdict: str, **
     return Row(*where, verdict, sources=case.shape.sources, **numbers)
 
 
-def _measured_row(case: Case, name: str, backend: str, found: Measurement) -> Row:
+def _gradient_elsewhere(case: Case, backend: str) -> dict[str, str]:
+    """ran_on and note of the rows of a gradient that runs on another backend than its forward."""
+    found = attnres.explain(PUBLIC[case.op], **case.arguments, backend=backend)
+    if found.backward in (None, backend):
+        return {}
+    *_, of_gradient = found.refusals.values()
+    return {"ran_on": str(found.backward), "note": str(of_gradient[backend])}
+
+
+def _measured_row(case: Case, name: str, backend: str, found: Measurement, elsewhere: Mapping[str, str]) -> Row:
+    gradient = name.startswith("d_")
     return _row(
         case,
-        "gradient" if name.startswith("d_") else "forward",
+        "gradient" if gradient else "forward",
         name,
         backend,
         "ok" if found.ok else "broken",
+        **(elsewhere if gradient else {}),
         error=found.error,
         floor=found.floor,
         ratio=found.ratio,
@@ -328,17 +350,17 @@ def _measured_row(case: Case, name: str, backend: str, found: Measurement) -> Ro
     )
 
 
-def _in_place_rows(case: Case, backend: str, found: Results) -> list[Row]:
-    expected = oracle.step(**case.arguments)
-    rows = []
-    for name, want in (("prefix", expected.prefix), ("blocks", expected.blocks)):
+def _in_place_rows(case: Case, backend: str, found: Results, references: Mapping[str, Reference]) -> Iterator[Row]:
+    """Of what a step leaves in place; a prefix that is rounded stochastically is among the references."""
+    for name, expected in oracle.after_step(case.arguments).items():
+        if name in references:
+            continue
         got = found[name]
-        assert isinstance(got, Tensor)
-        differing = numerics.differing_elements(got, want)
+        assert not isinstance(got, list)
+        differing = numerics.differing_elements(got, expected)
         note = f"{differing} elements differ" if differing else "in place, to the bit"
         used = math.inf if differing else 0.0
-        rows.append(_row(case, "forward", name, backend, "broken" if differing else "ok", used=used, note=note))
-    return rows
+        yield _row(case, "forward", name, backend, "broken" if differing else "ok", used=used, note=note)
 
 
 def _pair(
@@ -357,10 +379,11 @@ def _pair(
     )
     size = sum(float(exact.square().sum()) for _, _, exact in parts) ** 0.5 or 1.0
     errors = {
-        backend: sum(float((part[index].double() - part[2]).square().sum()) for part in parts) ** 0.5 / size
+        backend: sum(float((part[index].to(torch.float64) - part[2]).square().sum()) for part in parts) ** 0.5 / size
         for index, backend in enumerate(backends)
     }
-    difference = sum(float((a.double() - b.double()).square().sum()) for a, b, _ in parts) ** 0.5 / size
+    differences = (a.to(torch.float64) - b.to(torch.float64) for a, b, _ in parts)
+    difference = sum(float(each.square().sum()) for each in differences) ** 0.5 / size
     verdict = ""
     if set(backends) == {"cute", "triton"}:
         fine = not_worse(errors["cute"], errors["triton"], measured["cute"][name], reference.kind)

@@ -15,14 +15,16 @@ from dataclasses import astuple
 from typing import Any, TypeVar
 
 import matplotlib
+import torch
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from attnres.formats import DTYPES
 from attnres.numerics import Quantiles
 from attnres.report import BACKENDS, Pair, Row
-from attnres.report_lines import errors_by_depth, number, ratio, worst
+from attnres.report_lines import backends_of, errors_by_depth, number, ratio, worst
 from attnres.storage import StorageError
 
 Value = TypeVar("Value")
@@ -37,7 +39,7 @@ _CSS = {
 }
 # marker and size; smaller ones are drawn later, so that equal results show as one mark inside the other
 _MARKER = {"torch": ("o", 7.0), "triton": ("s", 4.5), "cute": ("D", 2.5)}
-_DASHES = {"bf16": "-", "fp16": "--", "fp32": ":", "bf16/fp32": "-."}
+_DASHES = {torch.bfloat16: "-", torch.float16: "--", torch.float32: ":"}
 _WIDTH = 4.2  # inches: 302 points, so that text on a phone is a little larger than its size in points
 
 
@@ -46,18 +48,8 @@ def error_against_floor(op: str, rows: Sequence[Row]) -> Markup:
     shown = [row for row in rows if row.error and row.floor and math.isfinite(row.error)]
     with _figure(3.3) as figure:
         axes = figure.add_axes((0.15, 0.13, 0.83, 0.76))
-        for backend in _backends(shown):
-            marker, size = _MARKER[backend]
-            mine = [row for row in shown if row.backend == backend]
-            axes.plot(
-                *_floors_and_errors(mine),
-                marker,
-                markersize=size,
-                markerfacecolor="none" if backend != "cute" else _COLOUR[backend],
-                color=_COLOUR[backend],
-                markeredgewidth=0.9,
-                label=backend,
-            )
+        for backend in backends_of(shown):
+            _marks(axes, backend, *_floors_and_errors([row for row in shown if row.backend == backend]))
         broken = [row for row in shown if row.verdict == "broken"]
         if broken:
             axes.plot(
@@ -69,7 +61,7 @@ def error_against_floor(op: str, rows: Sequence[Row]) -> Markup:
         axes.plot([low, high], [low, high], color=_FAINT, linewidth=1, zorder=0, label="error = floor")
         _labels(axes, "rounding floor", "error")
         _legend(figure, axes)
-        ratios = [f"{backend} {ratio(_largest_ratio(shown, backend))}" for backend in _backends(shown)]
+        ratios = [f"{backend} {ratio(_largest_ratio(shown, backend))}" for backend in backends_of(shown)]
         alt = (
             f"{op}: error against rounding floor, logarithmic, {len(shown)} tensors; 16-bit results lie on the line error = floor. "
             f"Largest error over floor of 16-bit outputs: {', '.join(ratios)}."
@@ -82,24 +74,15 @@ def budget_used(name: str, rows: Sequence[Row], lane: Callable[[Row], str], lane
     shown = worst(rows, lambda row: (lane(row), row.backend, row.dtype))
     with _figure(1.1 + 0.24 * len(lanes)) as figure:
         axes = _lanes(figure, lanes)
-        for backend in _backends(shown):
-            marker, size = _MARKER[backend]
+        for backend in backends_of(shown):
             mine = [row for row in shown if row.backend == backend]
-            axes.plot(
-                [min(row.used or 0.0, 10.0) for row in mine],
-                [lanes.index(lane(row)) for row in mine],
-                marker,
-                markersize=size,
-                markerfacecolor="none" if backend != "cute" else _COLOUR[backend],
-                color=_COLOUR[backend],
-                markeredgewidth=0.9,
-                label=backend,
-            )
+            used = [min(row.used or 0.0, 10.0) for row in mine]
+            _marks(axes, backend, used, [lanes.index(lane(row)) for row in mine])
         axes.axvline(1.0, color=_BROKEN, linewidth=1, label="budget")
         axes.set_xlim(-0.02, max(1.08, 1.1 * min(max((row.used or 0.0 for row in shown), default=1.0), 10.0)))
         _labels(axes, "share of the error budget used, worst case", "")
         _legend(figure, axes)
-        found = [(backend, max(r.used or 0.0 for r in shown if r.backend == backend)) for backend in _backends(shown)]
+        found = [(backend, max(r.used or 0.0 for r in shown if r.backend == backend)) for backend in backends_of(shown)]
         alt = f"{name}: largest share of the error budget used in {', '.join(lanes)}; " + ", ".join(
             f"{backend} at most {used:.2f}" for backend, used in found
         )
@@ -111,20 +94,11 @@ def storage_formats(errors: Sequence[StorageError]) -> Markup:
     lanes = list(dict.fromkeys(f"{error.result}: {error.storage}" for error in errors if error.ratio is not None))
     with _figure(1.1 + 0.24 * len(lanes)) as figure:
         axes = _lanes(figure, lanes)
-        for backend in BACKENDS:
-            marker, size = _MARKER[backend]
+        for backend in backends_of(errors):
             mine = [error for error in errors if error.backend == backend and error.error > 0]
-            axes.plot(
-                [error.error for error in mine],
-                [lanes.index(f"{error.result}: {error.storage}") for error in mine],
-                marker,
-                markersize=size,
-                markerfacecolor="none" if backend != "cute" else _COLOUR[backend],
-                color=_COLOUR[backend],
-                markeredgewidth=0.9,
-                label=backend,
-            )
-        _logarithmic(axes, "x")
+            places = [lanes.index(f"{error.result}: {error.storage}") for error in mine]
+            _marks(axes, backend, [error.error for error in mine], places)
+        _logarithmic(axes, "x", ticks=4)
         _labels(axes, "relative error", "")
         _legend(figure, axes)
         alt = "Relative error by result and storage format: " + "; ".join(
@@ -164,7 +138,7 @@ def error_against_depth(op: str, rows: Sequence[Row]) -> Markup:
 def error_distribution(op: str, rows: Sequence[Row]) -> Markup:
     """How the errors of the rows are spread, one lane a tensor, one bar a backend above the floor's own."""
     tensors = _in_order(row.tensor for row in rows)
-    backends = _backends(rows)
+    backends = backends_of(rows)
     step = 0.8 / (len(backends) + 1)
     with _figure(1.1 + len(tensors) * (0.14 + 0.1 * len(backends))) as figure:
         axes = _lanes(figure, tensors)
@@ -198,14 +172,10 @@ def backend_against_backend(pairs: Sequence[Pair]) -> Markup:
     shown = [pair for pair in pairs if 0 < pair.error_first < math.inf and 0 < pair.error_second < math.inf]
     with _figure(3.3) as figure:
         axes = figure.add_axes((0.15, 0.13, 0.83, 0.76))
-        for backends, colour, marker, size in zip(names, _COLOUR.values(), "osD", (7.0, 4.5, 2.5), strict=False):
-            mine = [pair for pair in shown if (pair.first, pair.second) == backends]
-            points = ([pair.error_first for pair in mine], [pair.error_second for pair in mine])
-            face = colour if size < 3 else "none"
-            label = f"{backends[0]}, {backends[1]}"
-            axes.plot(
-                *points, marker, markersize=size, markerfacecolor=face, color=colour, markeredgewidth=0.9, label=label
-            )
+        for (first, second), style in zip(names, BACKENDS, strict=False):
+            mine = [pair for pair in shown if (pair.first, pair.second) == (first, second)]
+            errors = ([pair.error_first for pair in mine], [pair.error_second for pair in mine])
+            _marks(axes, style, *errors, label=f"{first}, {second}")
         worse = [pair for pair in shown if pair.verdict == "worse"]
         if worse:
             points = ([pair.error_first for pair in worse], [pair.error_second for pair in worse])
@@ -232,7 +202,7 @@ def _figure(height: float) -> Iterator[Figure]:
 def _lanes(figure: Figure, names: Sequence[str]) -> Axes:
     """Axes with one named lane a line, the first on top; the space around them does not grow with their number."""
     height = figure.get_figheight()
-    left = min(0.42, 0.04 + 0.0168 * max(map(len, names), default=0))
+    left = min(0.5, 0.04 + 0.0168 * max(map(len, names), default=0))
     axes = figure.add_axes((left, 0.42 / height, 0.98 - left, 1 - 0.75 / height))
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
@@ -241,24 +211,33 @@ def _lanes(figure: Figure, names: Sequence[str]) -> Axes:
     return axes
 
 
+def _marks(axes: Axes, backend: str, x: Sequence[float], y: Sequence[float], label: str = "") -> None:
+    """One mark a point in the backend's colour and form."""
+    marker, size = _MARKER[backend]
+    colour = _COLOUR[backend]
+    face = colour if backend == "cute" else "none"
+    style: Any = {"markersize": size, "markerfacecolor": face, "markeredgewidth": 0.9}
+    axes.plot(x, y, marker, color=colour, label=label or backend, **style)
+
+
 def _depth_lines(axes: Axes, rows: Sequence[Row]) -> None:
     by_backend = {(dtype, backend): line for (_, backend, dtype), line in errors_by_depth(rows).items()}
-    dtypes = _in_order(row.dtype for row in rows)
-    # queries of another dtype change nothing that could be seen here
-    for dtype in [dtype for dtype in dtypes if dtype.split("/")[0] == dtype or dtype.split("/")[0] not in dtypes]:
-        lines = {backend: by_backend[dtype, backend] for backend in _backends(rows) if (dtype, backend) in by_backend}
+    # of the formats with one dtype of outputs and gradients the first: nothing else could be seen here
+    shown = {DTYPES[dtype].dtype: dtype for dtype in reversed(_in_order(row.dtype for row in rows))}
+    for stored, dtype in shown.items():
+        lines = {backend: by_backend[dtype, backend] for backend in backends_of(rows) if (dtype, backend) in by_backend}
         for backend, line in lines.items():
             depths = sorted(line)
             floors, errors = _floors_and_errors([line[depth] for depth in depths])
             marker, size = _MARKER[backend]
             if backend == next(iter(lines)):
-                axes.plot(depths, floors, _DASHES[dtype], color=_FAINT, linewidth=4)
+                axes.plot(depths, floors, color=_FAINT, linewidth=4)
                 # at the end of the line, so that no legend of dashes is needed
                 place = (depths[-1], errors[-1])
                 axes.annotate(dtype, place, (4, 0), textcoords="offset points", va="center", fontsize=7)
             face = _COLOUR[backend] if backend == "cute" else "none"
             style: Any = {"markersize": 0.8 * size, "markerfacecolor": face, "markeredgewidth": 0.9, "linewidth": 0.8}
-            axes.plot(depths, errors, _DASHES[dtype], marker=marker, color=_COLOUR[backend], label=backend, **style)
+            axes.plot(depths, errors, _DASHES[stored], marker=marker, color=_COLOUR[backend], label=backend, **style)
     axes.margins(x=0.03)
     axes.set_xlim(right=axes.get_xlim()[1] * 1.18)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -272,11 +251,11 @@ def _spread(axes: Axes, lane: float, found: Quantiles, colour: str, marker: str,
     axes.plot([p99, largest], [lane, lane], "|", markersize=5, color=colour)
 
 
-def _logarithmic(axes: Axes, *which: str) -> None:
+def _logarithmic(axes: Axes, *which: str, ticks: int = 8) -> None:
     for name in which:
         axes.set(**{f"{name}scale": "log"})
         axis = axes.xaxis if name == "x" else axes.yaxis
-        axis.set_major_locator(LogLocator(numticks=8))
+        axis.set_major_locator(LogLocator(numticks=ticks))
         axis.set_minor_locator(NullLocator())
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"1e{round(math.log10(value))}" if value > 0 else ""))
 
@@ -318,13 +297,20 @@ def _svg(figure: Figure, name: str, alt: str) -> Markup:
     for colour, css in _CSS.items():
         body = body.replace(colour, css)
     body = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", body)
+    body = re.sub(r"((?:<use [^>]*/>\s*)+)", lambda marks: _compact(marks[1]), body)
     label = Markup.escape(alt)
     return Markup(f'<svg role="img" aria-label="{label}" viewBox="{box[1]}">') + Markup(re.sub(r"\n\s*", "\n", body))
 
 
-def _backends(rows: Iterable[Row]) -> list[str]:
-    found = {row.backend for row in rows}
-    return [name for name in BACKENDS if name in found]
+def _compact(marks: str) -> str:
+    """A run of <use> elements, of which each states the style that all share: stated once, and equal marks drawn once."""
+    styles = set(re.findall(r' style="[^"]*"', marks))
+    if len(styles) != 1:
+        return marks
+    marks = re.sub(r' style="[^"]*"', "", marks)
+    marks = re.sub(r' ([xy])="([\d.]+)"', lambda place: f' {place[1]}="{float(place[2]):.1f}"', marks)
+    found = dict.fromkeys(re.findall(r"<use [^>]*/>", marks))
+    return f"<g{styles.pop()}>{''.join(found)}</g>"
 
 
 def _floors_and_errors(rows: Sequence[Row]) -> tuple[list[float], list[float]]:

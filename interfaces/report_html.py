@@ -8,7 +8,7 @@ from typing import Any
 
 import jinja2
 
-from attnres import inputs, oracle, report_figures, report_lines
+from attnres import formats, inputs, oracle, report_figures, report_lines
 from attnres.report import BACKENDS, Report, Row
 from attnres.report_lines import describe, number, ratio, worst
 
@@ -36,13 +36,18 @@ def to_html(report: Report) -> str:
         counts=report_lines.counts(report),
         broken=[describe(item) for item in report.broken],
         storage_figure=report_figures.storage_formats(report.storage) if report.storage else None,
+        storage_columns=report_lines.STORAGE_COLUMNS,
+        storage=[report_lines.storage_cells(error) for error in report.storage],
         summary=_summary(report.rows),
+        main=formats.MAIN,
+        formats=report_lines.format_table(report.rows),
         operations=[_operation(op, rows) for op, rows in report_lines.by_op(judged).items()],
         kinds=_kinds(judged),
         kinds_figure=_kinds_figure(judged),
         pairs=pairs,
         pairs_figure=report_figures.backend_against_backend(report.pairs) if report.pairs else None,
-        refused=Counter((row.backend, row.note) for row in report.rows if row.verdict == "refused"),
+        kernels=report_lines.kernel_summary(report.kernels),
+        refused=report_lines.refusals(report.rows),
     )
 
 
@@ -71,25 +76,26 @@ def _summary(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def _largest_ratio(rows: Iterable[Row], direction: str) -> float | None:
-    """Error over floor where the floor can be reached: 16-bit tensors that float32 evaluation resolves."""
-    found = [
-        row.ratio
-        for row in rows
-        if row.direction == direction and row.ratio is not None and row.floor and (row.float32 or 0.0) < 0.1 * row.floor
-    ]
+    """Error over floor where the floor is a bound that can be reached: 16-bit tensors that float32 evaluation resolves,
+    rounded to nearest."""
+    nearest = [row for row in rows if row.direction == direction and not formats.DTYPES[row.dtype].stochastic]
+    found = [row.ratio for row in nearest if row.ratio and row.floor and (row.float32 or 0.0) < 0.1 * row.floor]
     return max(found, default=None)
 
 
 def _operation(op: str, rows: list[Row]) -> dict[str, Any]:
     measured = [row for row in rows if row.error is not None]
-    deep = _depth_rows(measured)
-    spread = _distribution_rows(measured)
+    in_main = report_lines.main(measured) or measured
+    deep = _depth_rows(in_main)
+    spread = _distribution_rows(in_main)
     tensors = list(dict.fromkeys(row.tensor for row in measured))
     # log-sum-exp and weights are float32: beside 16-bit tensors they would all be zero
     drawn = [row for row in spread if row.dtype == spread[0].dtype and row.tensor not in oracle.STATISTICS]
     return {
         "name": op,
-        "rows": rows,
+        "backends": report_lines.backends_of(rows),
+        "cases": report_lines.cases(rows),
+        "rows": len(rows),
         "worst": report_lines.worst_of_each_tensor(rows),
         "depth": report_lines.errors_by_depth(deep),
         "depths": sorted({row.sources for row in deep}),

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
+from attnres import formats
 from attnres.precision import SourceRisk
-from attnres.report import Judged, Kernel, Pair, Report, Row
+from attnres.report import BACKENDS, Judged, Kernel, Pair, Report, Row
 from attnres.storage import StorageError
 
 Item = TypeVar("Item", Row, Pair)
+
+
+class FormatTable(NamedTuple):
+    """Formats against operations and backends: the share of the error budget that is used at most, forward/gradients."""
+
+    columns: list[tuple[str, str]]  # operation, backend
+    lines: dict[str, list[tuple[str, str]]]  # format -> verdict and text of each column
 
 
 def headline(report: Report) -> str:
@@ -55,6 +63,53 @@ def gate_failures(report: Report, asked: Sequence[str]) -> list[str]:
     return found
 
 
+def main(items: Iterable[Item]) -> list[Item]:
+    """Those in the formats that run on every shape and input; `format_table` has all formats."""
+    return [item for item in items if item.dtype in formats.MAIN]
+
+
+def backends_of(items: Iterable[Row | StorageError]) -> list[str]:
+    found = {item.backend for item in items}
+    return [name for name in BACKENDS if name in found]
+
+
+def format_table(rows: Sequence[Row]) -> FormatTable:
+    found: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        found.setdefault((row.dtype, row.op, row.backend), []).append(row)
+    ops, backends = {row.op for row in rows}, backends_of(rows)
+    columns = [(op, backend) for op in formats.READ if op in ops for backend in backends]
+    names = [name for name in formats.DTYPES if any(name == dtype for dtype, _, _ in found)]
+    return FormatTable(
+        columns, {name: [_format_cell(found.get((name, *place), [])) for place in columns] for name in names}
+    )
+
+
+def _format_cell(rows: list[Row]) -> tuple[str, str]:
+    judged = [row for row in rows if row.used is not None]
+    if not judged:
+        # an operation that does not read what distinguishes the format has no rows
+        return ("refused", "refused") if rows else ("", "")
+    parts = []
+    for direction in ("forward", "gradient"):
+        mine = [row for row in judged if row.direction == direction]
+        if mine:
+            used = max(row.used or 0.0 for row in mine)
+            # a gradient that runs on another backend is that one's
+            parts.append(mine[0].ran_on or (f"{used:.2f}" if used < 100 else f"{used:.0e}"))
+    return ("broken" if any(row.verdict == "broken" for row in rows) else "ok", "/".join(parts))
+
+
+def refusals(rows: Iterable[Row]) -> dict[tuple[str, str], int]:
+    """Of how many cases a backend does not take the forward or the gradient, by (backend, reason)."""
+    found: dict[tuple[str, str], set[tuple[str, str, str, str]]] = {}
+    for row in rows:
+        if row.verdict == "refused" or row.ran_on:
+            reason = f"{row.note}; it runs on {row.ran_on}" if row.ran_on else row.note
+            found.setdefault((row.backend, reason), set()).add((row.op, row.dtype, row.shape, row.kind))
+    return {key: len(cases) for key, cases in found.items()}
+
+
 def worst(rows: Iterable[Row], key: Callable[[Row], Hashable]) -> list[Row]:
     """Of all judged rows with the same key the one that uses most of its budget."""
     judged = [row for row in rows if row.used is not None]
@@ -62,7 +117,7 @@ def worst(rows: Iterable[Row], key: Callable[[Row], Hashable]) -> list[Row]:
 
 
 def worst_of_each_tensor(rows: Iterable[Row]) -> list[Row]:
-    return worst(rows, lambda row: (row.op, row.direction, row.tensor, row.backend, row.dtype))
+    return worst(rows, lambda row: (row.op, row.direction, row.tensor, row.backend))
 
 
 def largest_differences(pairs: Iterable[Pair], key: Callable[[Pair], Hashable]) -> list[Pair]:
@@ -78,7 +133,7 @@ def largest_differences(pairs: Iterable[Pair], key: Callable[[Pair], Hashable]) 
 
 
 def largest_difference_of_each_tensor(pairs: Iterable[Pair]) -> list[Pair]:
-    return largest_differences(pairs, lambda pair: (pair.op, pair.tensor, pair.dtype, pair.first, pair.second))
+    return largest_differences(pairs, lambda pair: (pair.op, pair.tensor, pair.first, pair.second))
 
 
 def errors_by_depth(rows: Iterable[Row]) -> dict[tuple[str, str, str], dict[int, Row]]:
@@ -88,6 +143,14 @@ def errors_by_depth(rows: Iterable[Row]) -> dict[tuple[str, str, str], dict[int,
         line = found.setdefault((row.direction, row.backend, row.dtype), {})
         if row.error is not None and row.error >= (line[row.sources].error or 0.0 if row.sources in line else 0.0):
             line[row.sources] = row
+    return found
+
+
+def cases(rows: Iterable[Row]) -> dict[tuple[str, ...], dict[str, Row]]:
+    """By (tensor, dtype, shape, kind): the row of each backend."""
+    found: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in rows:
+        found.setdefault((row.tensor, row.dtype, row.shape, row.kind), {})[row.backend] = row
     return found
 
 
@@ -104,11 +167,29 @@ def number(value: float | None) -> str:
 
 def ratio(value: float | None) -> str:
     # 0 over a floor of 0, or float32 storage, whose floor is out of reach
-    return "" if value is None or value == 0 else f"{value:.3f}" if value < 100 else f"{value:.0e}"
+    return "" if value is None or value == 0 else f"{value:.3f}" if 1e-3 <= value < 100 else f"{value:.0e}"
 
 
 def share(value: float) -> str:
     return f"{value:.2%}" if value >= 1e-4 else f"{value:.0e}" if value else "0"
+
+
+def kernel_summary(kernels: Iterable[Kernel]) -> list[tuple[str, int, int, int, int, str]]:
+    """Of each operation: how many kernels, their most registers, spilled bytes and shared bytes, the verdict."""
+    found: dict[str, list[Kernel]] = {}
+    for kernel in kernels:
+        found.setdefault(kernel.op, []).append(kernel)
+    return [
+        (
+            op,
+            len(mine),
+            max(kernel.registers for kernel in mine),
+            max(kernel.spill_bytes for kernel in mine),
+            max(kernel.shared_bytes for kernel in mine),
+            "broken" if any(kernel.verdict == "broken" for kernel in mine) else "ok",
+        )
+        for op, mine in found.items()
+    ]
 
 
 def instructions(kernel: Kernel, *prefixes: str) -> int:
@@ -130,6 +211,7 @@ def storage_cells(error: StorageError) -> list[str]:
 
 
 STORAGE_COLUMNS = ("result", "values", "storage", "backend", "error", "of bf16's", "verdict")
+KERNEL_COLUMNS = ("op", "configurations", "registers", "spilled bytes", "shared bytes", "verdict")
 RISK_COLUMNS = (
     "source",
     "RMS",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -57,30 +56,37 @@ def to_markdown(report: Report) -> str:
         storage_columns=report_lines.STORAGE_COLUMNS,
         storage=[report_lines.storage_cells(error) for error in report.storage],
         worst=report_lines.by_op(report_lines.worst_of_each_tensor(report.rows)),
+        formats=report_lines.format_table(report.rows),
         pairs=report_lines.largest_difference_of_each_tensor(report.pairs),
-        refused=Counter(row.note for row in report.rows if row.verdict == "refused"),
-        everything=report_lines.by_op(judged),
+        refused=report_lines.refusals(report.rows),
+        kernel_columns=report_lines.KERNEL_COLUMNS,
+        kernels=report_lines.kernel_summary(report.kernels),
+        everything={
+            op: (report_lines.backends_of(rows), report_lines.cases(rows), len(rows))
+            for op, rows in report_lines.by_op(judged).items()
+        },
     )
 
 
 def to_terminal(report: Report, console: Console, verbose: bool = False) -> None:
-    """The worst case of each op, direction, backend and dtype (or every row), comparisons, kernels, and all broken."""
+    """The worst case of each op, direction and backend (or every row), formats, comparisons, kernels, and all broken."""
     if report.rows:
-        console.print(_rows_table(report.rows, verbose))
+        console.print(_rows_table(report.rows if verbose else report_lines.main(report.rows) or report.rows, verbose))
+        console.print(_formats_table(report_lines.format_table(report.rows)))
     if report.pairs:
-        console.print(_pairs_table(report.pairs))
+        console.print(_pairs_table(report_lines.main(report.pairs)))
     if report.kernels:
-        console.print(_kernels_table(report.kernels, report.metadata["cute"]))
+        console.print(_kernels_table(report.kernels, report.metadata["cute"], verbose))
     if report.precision_at_risk:
         console.print(_risks_table(report.precision_at_risk, report.metadata["activations"]))
     if report.storage:
-        table = _table("Storage formats", *report_lines.STORAGE_COLUMNS)
+        table = _table("Two phases by storage format", *report_lines.STORAGE_COLUMNS)
         for error in report.storage:
             *cells, level = report_lines.storage_cells(error)
             table.add_row(*cells, _coloured(level))
         console.print(table)
-    for reason, count in Counter(row.note for row in report.rows if row.verdict == "refused").items():
-        console.print(f"refused {count} cases: {reason}", markup=False)
+    for (backend, reason), count in report_lines.refusals(report.rows).items():
+        console.print(f"{backend} does not take {count} cases: {reason}", markup=False)
     for item in report.broken:
         console.print(f"broken: {describe(item)}", style="red", markup=False)
     verdict = "all within budget" if report.ok else f"{len(report.broken)} broken"
@@ -91,29 +97,40 @@ def _rows_table(rows: list[Row], verbose: bool) -> Table:
     title = "Every tensor" if verbose else "Worst tensor, shape and input"
     columns = ("op", "backend", "dtype", "tensor", "shape", "input")
     table = _table(title, *columns, "error", "floor", "ratio", "largest", "used", "verdict")
-    for row in rows if verbose else worst(rows, lambda row: (row.op, row.direction, row.backend, row.dtype)):
+    for row in rows if verbose else worst(rows, lambda row: (row.op, row.direction, row.backend)):
         where = (f"{row.op} {row.direction}", row.backend, row.dtype, row.tensor, row.shape, row.kind)
         errors = (number(row.error), number(row.floor), ratio(row.ratio), number(row.largest))
         table.add_row(*where, *errors, ratio(row.used), _coloured(row.verdict))
     return table
 
 
+def _formats_table(found: report_lines.FormatTable) -> Table:
+    columns = (f"{op}\n{backend}" for op, backend in found.columns)
+    table = _table("Budget used, forward/gradients", "format", *columns)
+    table.padding = (0, 1, 0, 0)
+    for name, cells in found.lines.items():
+        table.add_row(name, *(_coloured(verdict, text) for verdict, text in cells))
+    return table
+
+
 def _pairs_table(pairs: list[Pair]) -> Table:
     columns = ("op", "dtype", "backends", "tensor", "shape", "input", "difference", "errors", "CuTe not worse")
     table = _table("Backend against backend, largest difference", *columns)
-    for pair in largest_differences(pairs, lambda pair: (pair.op, pair.dtype, pair.first, pair.second)):
+    for pair in largest_differences(pairs, lambda pair: (pair.op, pair.first, pair.second)):
         where = (pair.op, pair.dtype, f"{pair.first}, {pair.second}", pair.tensor, pair.shape, pair.kind)
         errors = f"{number(pair.error_first)}, {number(pair.error_second)}"
         table.add_row(*where, number(pair.difference), errors, _coloured(pair.verdict))
     return table
 
 
-def _kernels_table(kernels: list[Kernel], note: str) -> Table:
-    columns = ("op", "configuration", "registers", "spilled bytes", "shared bytes", "verdict")
-    table = _table(f"CuTe kernels, {note}", *columns)
-    for kernel in kernels:
-        sizes = (str(kernel.registers), str(kernel.spill_bytes), str(kernel.shared_bytes))
-        table.add_row(kernel.op, kernel.config, *sizes, _coloured(kernel.verdict))
+def _kernels_table(kernels: list[Kernel], note: str, verbose: bool) -> Table:
+    table = _table(f"CuTe kernels, {note}", *report_lines.KERNEL_COLUMNS)
+    every = [
+        (kernel.op, kernel.config, kernel.registers, kernel.spill_bytes, kernel.shared_bytes, kernel.verdict)
+        for kernel in kernels
+    ]
+    for op, config, *sizes, verdict in every if verbose else report_lines.kernel_summary(kernels):
+        table.add_row(op, str(config), *map(str, sizes), _coloured(verdict))
     return table
 
 
@@ -134,10 +151,10 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _coloured(verdict: str) -> str:
+def _coloured(verdict: str, text: str = "") -> str:
     colours = {"ok": "green", "broken": "red", "worse": "red", "refused": "yellow", "at risk": "yellow"}
     colour = colours.get(verdict)
-    return f"[{colour}]{verdict}[/]" if colour else verdict
+    return f"[{colour}]{text or verdict}[/]" if colour else text or verdict
 
 
 def _plain(value: Any) -> Any:

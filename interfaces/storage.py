@@ -27,7 +27,7 @@ HUGE = 1e30  # what the largest activation is made to be: squares leave float32'
 ADDENDS = 200
 BETTER = 0.25  # scaled fp16's error may be at most this much of bf16's
 
-OUT, MERGE, SUM = "phase 1", "phase 1 and 2", f"partial sum of {ADDENDS}"
+OUT, MERGE, SUM = "phase 1", "phase 1 and 2", f"sum of {ADDENDS}"
 
 
 @dataclass(frozen=True)
