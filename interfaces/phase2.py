@@ -267,10 +267,9 @@ def _allocate_gradients(
 
 
 def _backward(*arguments: Any) -> list[Tensor]:
-    """As _allocate_gradients, whose arguments it has."""
-    *given, _delta_dtype, options = arguments
-    gradients = _allocate_gradients(*arguments)
-    fill_gradients(gradients, *given, options)
+    """As _allocate_gradients, whose arguments it has; all but delta_dtype are those of fill_gradients."""
+    gradients, given = _allocate_gradients(*arguments), [*arguments[:-2], arguments[-1]]
+    fill_gradients(gradients, *given)
     return gradients
 
 
