@@ -1,4 +1,4 @@
-"""Limits and tiles of mix_bwd: see config.py, whose tiles and rings it shares."""
+"""Limits and tiles of mix_bwd: see config_rows.py, whose tiles and rings it shares."""
 
 from __future__ import annotations
 
@@ -9,14 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cute_kernels.config import (
-    DTYPES,
+from cute_kernels.config import DTYPES, PARAMETER_DTYPES, SHARED_BYTES, VECTOR
+from cute_kernels.config_rows import (
     GOOD_CONSUMER_WARPS,
     MAX_GROUPS,
     MAX_SLOTS,
-    PARAMETER_DTYPES,
-    SHARED_BYTES,
-    VECTOR,
     RingTile,
     exchange_bytes,
     slot_bytes,

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cute_kernels.config import DTYPES, ITEM_BYTES, LANES, PARAMETER_DTYPES, VECTOR, exchange_bytes
+from cute_kernels.config import DTYPES, ITEM_BYTES, LANES, PARAMETER_DTYPES, VECTOR
+from cute_kernels.config_rows import exchange_bytes
 
 GROUPS_WARPS = 12  # of several groups together
 TOKEN_WARPS = 16  # of one group

@@ -11,17 +11,8 @@ from typing import Any
 import torch
 
 from cute_kernels.compile import cached_kernel, compile_kernel
-from cute_kernels.config import (
-    ALIGNMENT,
-    DTYPES,
-    PARAMETER_DTYPES,
-    SCALED_FP16,
-    Operands,
-    RegisterTile,
-    RowConfig,
-    row_config,
-    token_class,
-)
+from cute_kernels.config import ALIGNMENT, DTYPES, PARAMETER_DTYPES, SCALED_FP16
+from cute_kernels.config_rows import Operands, RegisterTile, RowConfig, row_config, token_class
 
 
 @cached_kernel

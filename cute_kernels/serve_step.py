@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from cute_kernels.config import DTYPES, Operands, token_class
+from cute_kernels.config import DTYPES
+from cute_kernels.config_rows import Operands, token_class
 from cute_kernels.mix_fwd import address, aligned, dtype_of, format_of, formats_beside, kernel_for, launch
 
 

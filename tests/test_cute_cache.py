@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cute_kernels import compile, mix_fwd
-from cute_kernels.config import RowConfig, row_config
+from cute_kernels.config_rows import RowConfig, row_config
 
 FLAGS = {"tokens": 1 << 31, "mixed": False, "logits": False, "rstd": False, "lse": False, "weights": False}
 
@@ -61,7 +61,7 @@ def test_a_damaged_library_is_made_anew(folder: Path, monkeypatch: pytest.Monkey
 def test_another_process_loads_it_without_the_dsl_or_a_lock(folder: Path) -> None:
     compile._from_disk_or_build(mix_fwd.build.__wrapped__, small_config())
     program = (
-        "import sys, torch; from cute_kernels import mix_fwd; from cute_kernels.config import row_config\n"
+        "import sys, torch; from cute_kernels import mix_fwd\n"
         f"kernel = mix_fwd.kernel_for('mix_fwd', torch.bfloat16, 72, 2, torch.bfloat16, None, None, **{FLAGS})\n"
         "print(callable(kernel), 'cutlass' in sys.modules, 'filelock' in sys.modules)"
     )

@@ -9,16 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from cute_kernels import config
-from cute_kernels.config import (
+from cute_kernels import config, config_rows
+from cute_kernels.config import MAX_HIDDEN_SIZE, MAX_SOURCES, SHARED_BYTES, refusal
+from cute_kernels.config_rows import (
     CLUSTERS,
     MANY_TOKENS,
-    MAX_HIDDEN_SIZE,
-    MAX_SOURCES,
-    SHARED_BYTES,
     RegisterTile,
     RowConfig,
-    refusal,
     ring_tile,
     row_config,
     row_tile,
@@ -71,8 +68,10 @@ def check_tile(hidden_size: int, num_sources: int, **flags: bool) -> None:
     shape = (hidden_size, num_sources, flags, tile)
     rows = num_sources + flags.get("merge", False) + flags.get("delta", False)
     weight = tile.pitch(hidden_size) * 4 * flags.get("output_norm", False)
-    ring = tile.groups * tile.slots * config.slot_bytes(tile.rows, tile.pitch(hidden_size))
-    other = config.exchange_bytes(tile.chunk, tile.warps, tile.groups) + config.table_bytes(rows, tile.producer_warps)
+    ring = tile.groups * tile.slots * config_rows.slot_bytes(tile.rows, tile.pitch(hidden_size))
+    other = config_rows.exchange_bytes(tile.chunk, tile.warps, tile.groups) + config_rows.table_bytes(
+        rows, tile.producer_warps
+    )
     assert ring + other + weight <= SHARED_BYTES, shape
     # A consumer holds a slot until it has the next one, and a producer warp's lanes initialise one each.
     assert 3 <= tile.slots <= LANES, shape
@@ -82,13 +81,13 @@ def check_tile(hidden_size: int, num_sources: int, **flags: bool) -> None:
     # setmaxnreg works on whole warpgroups, and moves registers, so that the sum must fit.
     if tile.consumer_registers:
         assert tile.consumer_warps % 4 == 0, shape
-        registers = tile.consumer_warps * tile.consumer_registers + tile.producer_warps * config.PRODUCER_REGISTERS
-        assert registers * LANES <= config.REGISTER_FILE, shape
+        registers = tile.consumer_warps * tile.consumer_registers + tile.producer_warps * config_rows.PRODUCER_REGISTERS
+        assert registers * LANES <= config_rows.REGISTER_FILE, shape
     # Named barriers: 16, of which the groups use 2 and up.
     assert tile.warps == 1 or tile.groups <= 14, shape
     held = tile.chunk + rows - num_sources
     data = tile.vectors(hidden_size) * (4 * held + 8 + 8 * (tile.chunk < num_sources))
-    assert data + config.REGISTERS_PER_ROW * tile.chunk + config.OTHER_REGISTERS <= tile.registers, shape
+    assert data + config_rows.REGISTERS_PER_ROW * tile.chunk + config_rows.OTHER_REGISTERS <= tile.registers, shape
     assert [i for chunk in tile.chunks(num_sources) for i in chunk] == list(range(num_sources)), shape
 
 

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from cute_kernels import config
-from cute_kernels.config import MAX_HIDDEN_SIZE, MAX_SLOTS, SHARED_BYTES, refusal
+from cute_kernels import config, config_rows
+from cute_kernels.config import MAX_HIDDEN_SIZE, SHARED_BYTES, refusal
 from cute_kernels.config_mix_bwd import MixBwdConfig, mix_bwd_config, mix_bwd_tile
+from cute_kernels.config_rows import MAX_SLOTS
 
 pytest.importorskip("cutlass")
 LANES = 32
@@ -55,8 +56,8 @@ def check_config(hidden_size: int, num_sources: int, norm: bool) -> None:
     assert tile.groups + 2 <= 16, c  # named barriers
     if tile.consumer_registers:
         assert tile.consumer_warps % 4 == 0, c
-        registers = tile.consumer_warps * tile.consumer_registers + tile.producer_warps * config.PRODUCER_REGISTERS
-        launched = config.REGISTER_FILE // tile.threads // 8 * 8 * tile.threads
+        registers = tile.consumer_warps * tile.consumer_registers + tile.producer_warps * config_rows.PRODUCER_REGISTERS
+        launched = config_rows.REGISTER_FILE // tile.threads // 8 * 8 * tile.threads
         assert registers * LANES <= launched, c
     assert [source for part in c.parts for source in part] == list(range(num_sources)), c
     assert max(map(len, c.parts)) <= 16, c

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import cutlass.cute as cute
 from cutlass import BFloat16, Float16, Float32, Int32, Int64
 
-from cute_kernels.config import Operands, RowConfig
+from cute_kernels.config_rows import Operands, RowConfig
 from cute_kernels.device.pipelines import global_row
 from cute_kernels.device.rounding import PARTIAL_SUM, finite_magnitude, inverse, philox, scale_from, stochastic
 from cute_kernels.device.rows import (

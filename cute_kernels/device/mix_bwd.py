@@ -32,8 +32,8 @@ from cutlass import Float16, Float32, Int32, Int64, const_expr
 from cutlass.memory import SmemAllocator
 from cutlass.pipeline import PipelineState
 
-from cute_kernels.config import PRODUCER_REGISTERS
 from cute_kernels.config_mix_bwd import BackwardOperands, MixBwdConfig
+from cute_kernels.config_rows import PRODUCER_REGISTERS
 from cute_kernels.device.cluster import sync_cluster
 from cute_kernels.device.mix import TYPES, Scalars
 from cute_kernels.device.mix_ring import RingKernel, RowReader

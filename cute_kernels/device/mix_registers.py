@@ -10,7 +10,8 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 from cutlass.memory import SmemAllocator
 
-from cute_kernels.config import SCALED_FP16, Operands
+from cute_kernels.config import SCALED_FP16
+from cute_kernels.config_rows import Operands
 from cute_kernels.device.mix import TYPES, RowMix, Scalars
 from cute_kernels.device.pipelines import global_row
 from cute_kernels.device.rows import (

@@ -12,7 +12,8 @@ from cutlass import Float32, Int32, const_expr
 from cutlass.memory import SmemAllocator
 from cutlass.pipeline import PipelineState
 
-from cute_kernels.config import ITEM_BYTES, PRODUCER_REGISTERS, SCALED_FP16, Operands, RowConfig
+from cute_kernels.config import ITEM_BYTES, SCALED_FP16
+from cute_kernels.config_rows import PRODUCER_REGISTERS, Operands, RowConfig
 from cute_kernels.device.mix import TYPES, RowMix, Scalars
 from cute_kernels.device.pipelines import (
     RowRing,

@@ -151,7 +151,7 @@ class RowRing:
 
 @dataclass(frozen=True)
 class RowRings:
-    """One ring for each consumer group; `slot_bytes` in config.py has the size."""
+    """One ring for each consumer group; `slot_bytes` in config_rows.py has the size."""
 
     s_rows: cute.Tensor  # (pitch, rows, slots, groups)
     barriers: cute.Pointer  # [groups, 2, slots] mbarriers: full, then empty

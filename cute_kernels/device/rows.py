@@ -13,7 +13,7 @@ import cutlass.cute as cute
 from cutlass import BFloat16, Boolean, Float32, Int32, Int64, Numeric, const_expr
 from cutlass.memory import SmemAllocator
 
-from cute_kernels.config import exchange_words
+from cute_kernels.config_rows import exchange_words
 from cute_kernels.device.mma import ptx, store_cluster
 from cute_kernels.device.pipelines import NamedBarrier
 
