@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, known in (("backends", BACKENDS), ("dtypes", DTYPES), ("ops", OPS)):
         allowed, default = ", ".join(known), "all"
         if name == "dtypes":
+            allowed += ": how sources are stored, / queries and weights, + what else differs"
             default = f"all; with --inputs {', '.join(MAIN)}"
         report.add_argument(f"--{name}", nargs="+", metavar="NAME", help=f"some of {allowed} (default: {default})")
     report.add_argument(

@@ -92,7 +92,7 @@ def test_torch_and_triton(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     if not torch.cuda.is_available():
         assert found["metadata"]["triton"].endswith("(interpreter)")
     assert "Every result is within its error budget." in markdown
-    assert "| gradient | d_inter_lse | triton | fp32 |" in markdown
+    assert "| d_inter_lse | fp32 | T3 D24 N2 w norm add | peaked |" in markdown
     assert markdown.count("<details>") == 4
     terminal = capsys.readouterr().out
     assert f"{len(rows)} rows, {len(pairs)} comparisons, 0 kernels: all within budget" in terminal
@@ -247,7 +247,7 @@ def test_activations_beyond_fp16(tmp_path: Path, capsys: pytest.CaptureFixture[s
     arguments = ["--inputs", str(tmp_path / "big.safetensors"), "--backends", "torch", "--ops", "mix"]
     code, found, markdown = run(tmp_path, *arguments)
     assert code == 0
-    assert {row["dtype"] for row in found["rows"]} == {"bf16", "fp32", "bf16/fp32"}
+    assert {row["dtype"] for row in found["rows"]} == {"bf16", "fp32", "bf16/fp32", "fp16_scaled"}
     terminal = capsys.readouterr().out
     assert "fp16 is left out: source 1: values above 65504" in terminal
     risks = found["precision_at_risk"]

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ triton_interpreter.use_without_gpu()
 
 CHROMIUM = next((path for path in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if path), None)
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
-VOID = {"meta", "link", "br", "img", "input", "hr"}
+VOID = {"meta", "link", "br", "wbr", "img", "input", "hr"}
 
 
 class Page(HTMLParser):
@@ -114,7 +115,16 @@ def test_the_page_is_complete_without_the_network(found: report.Report, page: Pa
 
 def test_all_sections_are_there(found: report.Report, page: Page) -> None:
     assert page.headings[0] == f"attnres accuracy report: {found.metadata['device']}, all within budget"
-    sections = ["Summary", "Precision at risk", *inputs.OPS, "Inputs", "normal", "peaked", "captured"]
+    sections = [
+        "Summary",
+        "Dtypes and storage formats",
+        "Precision at risk",
+        *inputs.OPS,
+        "Inputs",
+        "normal",
+        "peaked",
+        "captured",
+    ]
     assert page.headings[2:] == [*sections, "Backend against backend", "CuTe kernels", "Refused", "Metadata"]
     linked = [attributes["href"] for attributes in page.all("a")]
     assert len(linked) == 1 + len(
@@ -153,16 +163,19 @@ def test_the_tables_have_the_numbers_of_the_json(found: report.Report, page: Pag
     for op in inputs.OPS:
         rows = [row for row in written["rows"] if row["op"] == op and row["verdict"] != "refused"]
         header, *lines = page.tables[f"{op}: every tensor of every case"]
-        assert len(lines) == len(rows)
-        for line, row in zip(lines, rows, strict=True):
+        cases: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
+        for row in rows:
+            case = cases.setdefault(tuple(row[name] for name in ("tensor", "dtype", "shape", "kind")), {})
+            case[row["backend"]] = row
+        assert len(lines) == len(cases)
+        for line, (key, case) in zip(lines, cases.items(), strict=True):
             cells = dict(zip(header, line, strict=True))
-            for column in ("tensor", "direction", "backend", "dtype", "shape"):
-                assert cells[column] == row[column]
-            assert cells["input"] == row["kind"]
-            for column in ("error", "floor", "budget", "largest", "used"):
-                assert same(cells[column], row[column])
-            assert same(cells["error / floor"], row["ratio"])
-            assert cells["verdict"].startswith(row["verdict"])
+            assert tuple(line[:4]) == key
+            for backend in ("torch", "triton", "cute"):
+                row = case[backend]
+                for number in ("error", "floor", "budget", "largest"):
+                    assert same(cells[f"{backend} {number}"], row[number])
+                assert same(cells[f"{backend} used"], row["used"]) or cells[f"{backend} used"] == row["verdict"] == "ok"
         by_case = {tuple(row[name] for name in ("tensor", "backend", "dtype", "shape", "kind")): row for row in rows}
         header, *lines = page.tables[f"{op}: distribution of the error over rows, in units of row RMS"]
         assert len({line[0] for line in lines}) == len({row["tensor"] for row in rows if row["error"] is not None})
@@ -184,12 +197,22 @@ def test_the_tables_have_the_numbers_of_the_json(found: report.Report, page: Pag
                 ]
                 assert same(shown, max(candidates))
     header, *lines = page.tables["Largest difference of each tensor"]
-    differences = {(p["tensor"], p["op"], p["dtype"], f"{p['first']}, {p['second']}"): 0.0 for p in written["pairs"]}
+    differences = {(p["tensor"], p["op"], f"{p['first']}, {p['second']}"): 0.0 for p in written["pairs"]}
     for pair in written["pairs"]:
-        key = (pair["tensor"], pair["op"], pair["dtype"], f"{pair['first']}, {pair['second']}")
+        key = (pair["tensor"], pair["op"], f"{pair['first']}, {pair['second']}")
         differences[key] = max(differences[key], pair["difference"])
     assert len(lines) == len(differences)
-    assert all(same(line[4], differences[tuple(line[:4])]) for line in lines)
+    assert all(same(line[4], differences[line[0], line[1], line[3]]) for line in lines)
+    header, *lines = page.tables["Budget used by format"]
+    assert [line[0] for line in lines] == ["bf16", "fp32"]
+    for line in lines:
+        for column, shown in zip(header[1:], line[1:], strict=True):
+            op, backend = column.split()
+            mine = [
+                row for row in written["rows"] if (row["op"], row["backend"], row["dtype"]) == (op, backend, line[0])
+            ]
+            used = [row["used"] for row in mine if row["used"] is not None and row["direction"] == "forward"]
+            assert shown.split("/")[0] == f"{max(used):.2f}"
     (kernel,) = page.tables["Kernels for sm_90a"][1:]
     assert kernel == ["mix_fwd", "D=2048 L=9", "168", "0", "200000", "2", "9", "0", "ok"]
     assert dict(page.tables["The run"][1:]) == written["metadata"]

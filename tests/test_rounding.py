@@ -343,7 +343,7 @@ def test_phase_1_rounds_its_output_and_the_blocks_gradient(storage: str | None, 
     blocks = [rows(5, 40, seed=i).bfloat16().requires_grad_() for i in range(3)]
     queries, upstream = rows(3, 40, seed=5), rows(3, 5, 40, seed=6)
     arguments = {"block_representations": [b.detach() for b in blocks], "pseudo_queries": queries, "eps": EPS}
-    references = oracle.reference("phase1", arguments, {"out": upstream.bfloat16()})
+    references = oracle.reference("phase1", {**arguments, "stochastic_seed": 1}, {"out": upstream.bfloat16()})
     nearest = attnres.phase_1(blocks, queries, EPS, storage=storage, backend=backend)[0].detach()
     drawn = []
     for seed in (1, 2, 1):
@@ -352,8 +352,8 @@ def test_phase_1_rounds_its_output_and_the_blocks_gradient(storage: str | None, 
             block.grad = None
         (out if storage is None else out.stand_in).backward(upstream.bfloat16())
         grads = [block.grad for block in blocks]
-        assert numerics.judge_reference(out.detach(), references["out"], True).ok
-        assert numerics.judge_reference(grads, references["d_block_representations"], True).ok
+        assert numerics.judge_reference(out.detach(), references["out"]).ok
+        assert numerics.judge_reference(grads, references["d_block_representations"]).ok
         drawn.append((out.detach().to(FP32), torch.stack(grads)))
     assert all(torch.equal(a, b) for a, b in zip(drawn[0], drawn[2], strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(drawn[0], drawn[1], strict=True))

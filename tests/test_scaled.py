@@ -354,14 +354,6 @@ def test_mixed_lists_are_refused() -> None:
         attnres.attn_res_step(plain, None, scaled[None], None, torch.zeros(8), None, 1, -1, EPS, EPS)
 
 
-@pytest.mark.parametrize("mode", ["sample", "full"])
-@pytest.mark.parametrize("op", STORAGE)
-def test_checked_mode_takes_it(op: str, mode: str) -> None:
-    case = scaled_case(op, Shape(100, 40, 3, 2))
-    with attnres.checked(mode):
-        call(op, case.arguments, case.grad_outputs, backend="torch")
-
-
 def test_checked_mode_catches_a_wrong_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     original = backends.launcher
 

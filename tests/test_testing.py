@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 import attnres
-from attnres import inputs, numerics, report, testing
+from attnres import ScaledTensor, inputs, numerics, report, testing
 from attnres.testing import Shape, assert_within_budget, make_case
 
 
@@ -25,7 +25,9 @@ def test_the_example_of_the_module_runs() -> None:
 
 
 @pytest.mark.parametrize("op", inputs.OPS)
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize(
+    "dtype", ["bf16", "fp32", "fp16_scaled", "bf16+out=fp32", "bf16+storage=fp16_scaled", "fp16_scaled+stochastic"]
+)
 def test_the_torch_backend_passes_and_says_what_the_report_says(op: str, dtype: str) -> None:
     case = make_case(op, Shape(3, 24, 3, 2), dtype=dtype)
     results = report.call(case, "torch")
@@ -88,6 +90,24 @@ def test_leading_dimensions_lists_and_stacked_tensors() -> None:
     arguments = {"block_representations": stacked, "pseudo_queries": query[None], "eps": 1e-6}
     assert list(assert_within_budget("phase1", arguments, {"out": out, "lse": lse})) == ["out", "lse"]
     assert testing.exact("phase1", arguments)["out"].shape == (1, 10, 16)
+
+
+def test_scaled_tensors_with_leading_dimensions() -> None:
+    generator = torch.Generator().manual_seed(0)
+    blocks = [ScaledTensor.from_tensor(1e20 * torch.randn(2, 5, 16, generator=generator)) for _ in range(3)]
+    queries, partial = torch.randn(2, 16, generator=generator), 1e20 * torch.randn(2, 5, 16, generator=generator)
+    out, lse = attnres.phase_1(blocks, queries, 1e-6, storage="fp16_scaled")
+    arguments = {"block_representations": blocks, "pseudo_queries": queries, "eps": 1e-6}
+    assert list(assert_within_budget("phase1", arguments, {"out": out, "lse": lse})) == ["out", "lse"]
+    wrong = out.clone()
+    wrong.scale[1, 0, 2] *= 2
+    with pytest.raises(AssertionError, match=r"phase1 .* out \(fp16_scaled, \[2, 2, 5, 16\]\) .* in row 12 "):
+        assert_within_budget("phase1", arguments, {"out": wrong, "lse": lse})
+    merging = {"partial_sum": ScaledTensor.from_tensor(partial), "pseudo_query": queries[0], "inter_out": out[0]}
+    merging |= {"inter_lse": lse[0], "eps": 1e-6, "delta": partial / 3, "stochastic_seed": 3}
+    h, total = attnres.phase_2(**merging)
+    found = assert_within_budget("phase2", merging, {"out": h, "new_partial": total})
+    assert 1e-4 < found["new_partial"].error < 1e-3
 
 
 def test_all_that_is_wrong_is_named() -> None:
