@@ -115,6 +115,7 @@ CPU_PLAN: Mapping[str, Plan] = {
 }
 _PLAIN = {"key_weight": False, "output_norm": False, "delta": False}
 _CAPTURED: Plan = ((Shape(144, 384, 13, 8), ("captured",), MAIN),)
+_FORMATS: Plan = ((Shape(67, 512, 3, 4), ("normal",), OTHERS),)  # small: each format compiles kernels of its own
 _BF16 = (("normal", "outliers"), ("bf16",))
 GPU_PLAN: Mapping[str, Plan] = {
     "mix": (
@@ -127,7 +128,7 @@ GPU_PLAN: Mapping[str, Plan] = {
         (Shape(67, 7186, 5), *_BF16),
         (Shape(1, 7168, 1), *_BF16),
         (Shape(517, 2304, 9, checkpoint_level=0), ("normal",), MAIN),
-        (Shape(259, 2304, 5), ("normal",), OTHERS),
+        *_FORMATS,
         *_CAPTURED,
     ),
     "phase1": (
@@ -138,7 +139,7 @@ GPU_PLAN: Mapping[str, Plan] = {
         (Shape(259, 384, 29, 5), *_BF16),
         (Shape(67, 7186, 3, 2), *_BF16),
         (Shape(1, 2304, 1, 1), *_BF16),
-        (Shape(131, 2048, 4, 8), ("normal",), OTHERS),
+        *_FORMATS,
         *_CAPTURED,
     ),
     "phase2": (
@@ -148,7 +149,7 @@ GPU_PLAN: Mapping[str, Plan] = {
         (Shape(517, 2304, 5, output_norm=False), *_BF16),
         (Shape(67, 7186, 5), *_BF16),
         (Shape(1, 384, 2, **_PLAIN), *_BF16),
-        (Shape(259, 2304, 5), ("normal",), OTHERS),
+        *_FORMATS,
         *_CAPTURED,
     ),
     "step": (
@@ -158,7 +159,7 @@ GPU_PLAN: Mapping[str, Plan] = {
         (Shape(67, 2304, 17, output_norm=False), *_BF16),
         (Shape(64, 2048, 1), *_BF16),
         (Shape(67, 7186, 5, key_weight=False), *_BF16),
-        (Shape(67, 2304, 5), ("normal",), OTHERS),
+        *_FORMATS,
         *_CAPTURED,
     ),
 }

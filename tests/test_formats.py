@@ -182,3 +182,32 @@ def test_formats_with_fp16_are_left_out_for_values_beyond_it() -> None:
     beyond = {name for name, found in formats.DTYPES.items() if found.plain_fp16}
     assert {"fp16", "fp16/fp32", "fp32+delta=fp16", "fp32+out=fp16", "fp16_scaled+inter_out=fp16"} <= beyond
     assert not {"bf16", "bf16/fp16", "fp16_scaled", "bf16+storage=fp16_scaled", "bf16+inter_out=fp16_scaled"} & beyond
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", inputs.OPS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "bf16/fp16",
+        "bf16+inter_out=fp16_scaled",
+        "bf16+out=fp32",
+        "bf16+storage=fp16_scaled",
+        "bf16+stochastic",
+        "fp16/fp32",
+        "fp32+delta=bf16",
+        "fp16_scaled",
+        "fp16_scaled+delta=fp32",
+        "fp16_scaled+storage=fp16_scaled",
+        "fp16_scaled+stochastic",
+    ],
+)
+def test_formats_on_the_gpu(op: str, name: str) -> None:
+    """On every backend that takes it; CuTe as accurate as Triton."""
+    if not formats.read(op, name):
+        pytest.skip(f"{op} does not read what distinguishes {name}")
+    case = inputs.make_case(op, Shape(67, 512, 3, 4), dtype=name, device="cuda")
+    rows, pairs = report.evaluate(case, report.BACKENDS)
+    assert [report_lines.describe(row) for row in rows if row.verdict == "broken"] == []
+    assert [report_lines.describe(pair) for pair in pairs if pair.verdict == "worse"] == []
+    assert {row.backend for row in rows if row.verdict == "ok"} >= {"torch", "triton"}
