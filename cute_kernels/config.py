@@ -22,6 +22,7 @@ PHASE1_OPS = ("phase1_fwd", "phase1_bwd")
 FEATURES = {
     "mix_bwd": ("mixed storage dtypes", "scaled fp16", "sources of scaled fp16"),
     "phase1_fwd": ("mixed storage dtypes", "scaled fp16"),
+    "phase1_bwd": ("mixed storage dtypes", "scaled fp16", "sources of scaled fp16"),
     "phase2_fwd": ("mixed storage dtypes", "scaled fp16", "stochastic rounding"),
     "phase2_bwd": ("mixed storage dtypes", "scaled fp16"),
     "serve_step": ("stochastic rounding",),
