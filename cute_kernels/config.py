@@ -25,6 +25,7 @@ FEATURES = {
     "mix_fwd": (*STORAGE, "sources of scaled fp16"),
     "mix_bwd": ("mixed storage dtypes", "scaled fp16", "sources of scaled fp16"),
     "phase1_fwd": ("mixed storage dtypes", "scaled fp16", "sources of scaled fp16", "stochastic rounding"),
+    "phase1_bwd": ("mixed storage dtypes", "scaled fp16", "sources of scaled fp16"),
     "phase2_fwd": (*STORAGE, "stochastic rounding"),
     "phase2_bwd": ("mixed storage dtypes", "scaled fp16"),
     "serve_step": (*STORAGE, "stochastic rounding"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -37,10 +37,24 @@ APART_AHEAD_REGISTERS = 40
 MAX_SLOTS = 4  # of tokens
 SCRATCH_BYTES = 128  # alignment of the allocation
 
-# Of an item, up to two octets of a token's queries; all fp32: p and logits [16, 8], two factors of the sources [8],
-# d_lse [16]
-P_AT, LOGITS_AT, FACTORS_AT, PULLS_AT, D_LSE_AT, STATISTICS_BYTES = 0, 512, 1024, 1056, 1088, 1152
+# Of an item, up to two octets of a token's queries; all fp32: p and logits [16, 8], d_lse [16], of the sources [8] scale *
+# rstd, what the pull is multiplied with, rstd, and scales of scaled fp16
+P_AT, LOGITS_AT, D_LSE_AT, FACTORS_AT, PULLS_AT, RSTD_AT, SCALES_AT, STATISTICS_BYTES = (
+    *(0, 512, 1024),
+    *(1088, 1120, 1152, 1184, 1216),
+)
 BUFFERS = 4  # of them; device/phase1_bwd.py says why
+
+
+class Statistics(NamedTuple):
+    """Addresses of what the forward saved and of lse's gradient, fp32. (One argument: a list alone may not be empty.)"""
+
+    lse: Any  # [S, T]
+    logits: Any  # [S, N, T]
+    rstd: Any  # [N, T]
+    d_lse: Any  # [S, T], when there is one
+    scales: Any  # of scaled fp16: N of [T]
+    scale_strides: Any  # elements from one token to the next
 
 
 @dataclass(frozen=True)
@@ -87,6 +101,7 @@ class Phase1BwdConfig:
     num_queries: int
     d_lse: bool
     accumulate: bool
+    scaled: bool  # the sources are scaled fp16; dtype is that of the gradients
     tile: Phase1BwdTile
 
     @property
@@ -197,10 +212,13 @@ def phase1_bwd_config(
     num_queries: int,
     d_lse: bool = True,
     accumulate: bool = False,
+    scaled: bool = False,
 ) -> Phase1BwdConfig | None:
     """The configuration of a launch, or None where a token's rows or the queries' gradients do not fit a cluster of 8."""
     tile = Phase1BwdTile(1, 1, PIECE, 1, 2, 2, 1)
-    config = Phase1BwdConfig(dtype, query, key_weight, hidden_size, num_sources, num_queries, d_lse, accumulate, tile)
+    config = Phase1BwdConfig(
+        dtype, query, key_weight, hidden_size, num_sources, num_queries, d_lse, accumulate, scaled, tile
+    )
     # Two tokens are in work at once, so a third is what loads go to meanwhile (measured on an H200, with two: 0.848 ->
     # 0.507 of copy bandwidth); of more than one octet, some are free earlier.
     octets, registers = config.octets, APART_REGISTERS if config.adds_apart else GRADIENT_REGISTERS
@@ -293,3 +311,7 @@ def phase1_bwd_configs() -> Iterator[tuple[str, Callable[[Any], Any], Phase1BwdC
     yield "phase1_bwd", build, config(2304, 5, 12, dtype="fp16", query="fp16", d_lse=False)
     yield "phase1_bwd", build, config(384, 8, 32, dtype="fp16", query="fp32", key_weight="fp32", accumulate=True)
     yield "phase1_bwd", build, config(8, 1, 1)
+    yield "phase1_bwd", build, config(4096, 8, 16, scaled=True)
+    yield "phase1_bwd", build, config(7168, 8, 24, scaled=True)
+    yield "phase1_bwd", build, config(2048, 4, 8, query="fp32", scaled=True, accumulate=True)
+    yield "phase1_bwd", build, config(2304, 8, 16, dtype="fp16", query="fp32", scaled=True)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from cute_kernels.compile import cached_kernel, compile_kernel
 from cute_kernels.config import PARAMETER_DTYPES
-from cute_kernels.config_phase1_bwd import Phase1BwdConfig, phase1_bwd_config
+from cute_kernels.config_phase1_bwd import Phase1BwdConfig, Statistics, phase1_bwd_config
 from cute_kernels.mix_fwd import address, current_stream, dtype_of, sm_count
 from cute_kernels.phase1_fwd import aligned
 from cute_kernels.query_grad import query_grad
+
+EMPTY_KERNEL = b".version 8.0 .target sm_90 .address_size 64 .visible .entry empty() { ret; }\0"
 
 
 @cached_kernel
@@ -22,15 +25,15 @@ def build(config: Phase1BwdConfig) -> Any:
 
     from cute_kernels.device.phase1_bwd import Phase1BwdKernel
 
-    rows = [Int64(0)] * config.num_sources
-    zero = Int64(0)
+    rows, zero = [Int64(0)] * config.num_sources, Int64(0)
+    scales = rows if config.scaled else []
     return compile_kernel(
         Phase1BwdKernel(config),
         zero,
-        zero,
         rows,
         rows,
-        *[zero] * 7,
+        *[zero] * 4,
+        Statistics(*[zero] * 4, scales, scales),
         rows,
         rows,
         zero,
@@ -51,6 +54,7 @@ def kernel_for(
     num_queries: int,
     d_lse: bool,
     accumulate: bool,
+    scaled: bool,
 ) -> tuple[Phase1BwdConfig, Any]:
     """The launch's configuration, and the kernel compiled for it."""
     config = phase1_bwd_config(
@@ -62,6 +66,7 @@ def kernel_for(
         num_queries=num_queries,
         d_lse=d_lse,
         accumulate=accumulate,
+        scaled=scaled,
     )
     if config is None:
         raise ValueError(f"no tile for hidden size {hidden_size}, {num_sources} sources, {num_queries} queries")
@@ -83,9 +88,11 @@ def phase1_bwd(
     accumulate: bool,
     d_queries: torch.Tensor,  # [S, D]
     d_key_weights: torch.Tensor | None,  # [S, D]
+    *,
+    source_scales: Sequence[torch.Tensor] | None = None,  # N of [T] fp32
 ) -> None:
     """Fill (or, with accumulate, add to) d_sources; fill d_queries and, if given, d_key_weights. eps went into rstd in the
-    forward.
+    forward. d_out, d_sources and sources are all bf16 or all fp16; sources with scales are fp16 beside either.
 
     Moves (2N + S) T D elements, N T D more when adding. Deterministic.
     """
@@ -100,21 +107,26 @@ def phase1_bwd(
         num_queries,
         d_lse is not None,
         accumulate,
+        source_scales is not None,
     )
-    clusters = min(tokens, cluster_count(config.tile.cluster, sm_count(d_out.device)))
+    clusters = min(tokens, cluster_count(config.tile.cluster, config.threads, config.shared_bytes, d_out.device))
     du = torch.empty(clusters, num_queries, hidden_size, dtype=torch.float32, device=d_out.device)
     kernel(
         d_out.data_ptr(),
-        address(d_lse),
         [source.data_ptr() for source in sources],
         [source.stride(0) for source in sources],
         queries.data_ptr(),
         queries.stride(0),
         address(key_weights),
         0 if key_weights is None else key_weights.stride(0),
-        lse.data_ptr(),
-        logits.data_ptr(),
-        rstd.data_ptr(),
+        Statistics(
+            lse=lse.data_ptr(),
+            logits=logits.data_ptr(),
+            rstd=rstd.data_ptr(),
+            d_lse=address(d_lse),
+            scales=[row_scale.data_ptr() for row_scale in source_scales or ()],
+            scale_strides=[row_scale.stride(0) for row_scale in source_scales or ()],
+        ),
         [d_source.data_ptr() for d_source in d_sources],
         [d_source.stride(0) for d_source in d_sources],
         du.data_ptr(),
@@ -126,6 +138,43 @@ def phase1_bwd(
     query_grad(du, queries, key_weights, d_queries, d_key_weights)
 
 
-def cluster_count(cluster: int, sms: int) -> int:
-    """How many run at once. Clusters of 4 and 8 do not fill every GPC's SMs."""
-    return max({1: sms, 2: sms // 2, 4: sms * 10 // 11 // 4, 8: sms * 7 // 8 // 8}[cluster], 1)
+@functools.cache
+def cluster_count(cluster: int, threads: int, shared_bytes: int, device: torch.device) -> int:
+    """How many run at once; one more doubles the time. Clusters of 4 and 8 do not fill every GPC's SMs, and chips differ in
+    theirs: the driver knows. (On an H200, 30 clusters of 4 or 15 of 8.)
+    """
+    sms = sm_count(device)
+    if cluster <= 2:
+        return sms // cluster
+    try:
+        return active_clusters(cluster, threads, shared_bytes, device)
+    except RuntimeError:  # The driver has no compiler of PTX: a count that fits every H100 and H200.
+        return max(sms * 7 // 8 // cluster, 1)
+
+
+def active_clusters(cluster: int, threads: int, shared_bytes: int, device: torch.device) -> int:
+    """What the driver says of an empty kernel of that size; RuntimeError where it cannot."""
+    from cuda.bindings import driver
+
+    def call(function: Callable[..., Any], *arguments: Any) -> Any:
+        error, *results = function(*arguments)
+        if error != driver.CUresult.CUDA_SUCCESS:
+            raise RuntimeError(f"{function.__name__}: {error.name}")
+        return results[0] if results else None
+
+    with torch.cuda.device(device):
+        module = call(driver.cuModuleLoadData, EMPTY_KERNEL)
+        kernel = call(driver.cuModuleGetFunction, module, b"empty")
+        limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        call(driver.cuFuncSetAttribute, kernel, limit, shared_bytes)
+        size = driver.CUlaunchAttribute()
+        size.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        size.value.clusterDim.x, size.value.clusterDim.y, size.value.clusterDim.z = cluster, 1, 1
+        launch = driver.CUlaunchConfig()
+        launch.gridDimX, launch.gridDimY, launch.gridDimZ = cluster, 1, 1
+        launch.blockDimX, launch.blockDimY, launch.blockDimZ = threads, 1, 1
+        launch.sharedMemBytes = shared_bytes
+        launch.attrs, launch.numAttrs = [size], 1
+        count = call(driver.cuOccupancyMaxActiveClusters, kernel, launch)
+        call(driver.cuModuleUnload, module)
+    return count

@@ -100,7 +100,7 @@ def _of_sources(
             rows,
             stored=gradients,
             scaled=scaled,
-            more=more + (dtypes.mixed_gradients(*gradients) if backward == "mix_bwd" else ()),
+            more=more + dtypes.mixed_gradients(*gradients),
             **common,
         ),
     ]

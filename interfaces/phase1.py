@@ -272,7 +272,7 @@ def fill_gradients(
         d_weights = d_key_weights if key_weights.dim() == 2 else queries.new_empty(queries.shape, dtype=torch.float32)
     storage = [*d_out.unbind(0), *rows, *d_rows]
     scaled = scales is not None
-    more = dtypes.scaled_sources(scaled)
+    more = dtypes.scaled_sources(scaled) + dtypes.mixed_gradients(d_out.dtype, d_rows[0].dtype)
     asked = contracts.spec("phase1_bwd", storage, len(rows), sites, scaled=scaled, seed=seed, more=more)
     name = backends.choose_backward(asked, options.backend)
     backends.launch(

@@ -69,22 +69,22 @@ class Machine:
     def full(self, value) -> np.ndarray:
         return np.broadcast_to(value, self.shape)
 
-    def numbers(self, halves: np.ndarray) -> np.ndarray:
+    def numbers(self, halves: np.ndarray, half: bool | None = None) -> np.ndarray:
         """fp32 of 16-bit patterns."""
         halves = halves.astype(np.uint16)
-        if self.half:
+        if self.half if half is None else half:
             return halves.view(np.float16).astype(np.float32)
         return (halves.astype(np.uint32) << 16).view(np.float32)
 
-    def halves(self, values: np.ndarray) -> np.ndarray:
+    def halves(self, values: np.ndarray, half: bool | None = None) -> np.ndarray:
         """16-bit patterns of fp32, rounded to nearest even."""
-        kind = torch.float16 if self.half else torch.bfloat16
+        kind = torch.float16 if (self.half if half is None else half) else torch.bfloat16
         rounded = torch.from_numpy(np.array(values, np.float32)).to(kind).view(torch.int16).numpy()
         return rounded.view(np.uint16).astype(np.uint32)
 
-    def unpack(self, _, pair):
-        pair = self.full(pair).astype(np.uint32)
-        return self.numbers(pair & 0xFFFF), self.numbers(pair >> 16)
+    def unpack(self, dtype, pair):
+        pair, half = self.full(pair).astype(np.uint32), None if dtype is None else dtype is cutlass.Float16
+        return self.numbers(pair & 0xFFFF, half), self.numbers(pair >> 16, half)
 
     def pack(self, _, first, second):
         return self.halves(self.full(first)) | self.halves(self.full(second)) << 16
@@ -183,7 +183,7 @@ def patched(monkeypatch: pytest.MonkeyPatch):
     from cute_kernels.device import phase1, phase1_bwd
 
     def patch(machine: Machine) -> types.ModuleType:
-        for name in ("ldmatrix", "mma_k8", "pack", "unpack", "split_vector", "transpose"):
+        for name in ("ldmatrix", "mma", "mma_k8", "pack", "unpack", "split_vector", "transpose"):
             monkeypatch.setattr(phase1_bwd, name, getattr(machine, name))
         for name in ("load_shared", "store_shared", "store_cluster", "load_scalar", "store_pair"):
             monkeypatch.setattr(phase1_bwd, name, getattr(machine, name))
@@ -210,12 +210,12 @@ def power_of_two_scale(peak):
     return np.exp2(exponent).astype(np.float32), np.exp2(-exponent).astype(np.float32)
 
 
-def rows_of(values: np.ndarray, machine: Machine, config: Phase1BwdConfig) -> np.ndarray:
+def rows_of(values: np.ndarray, machine: Machine, config: Phase1BwdConfig, half: bool | None = None) -> np.ndarray:
     """[rows, D] as [CTAs, rows, words of a CTA's row]; zeros past the row's end, as the kernel clears them."""
     columns = config.tile.cta_columns
     padded = np.zeros((len(values), config.tile.cluster * columns), np.float32)
     padded[:, : values.shape[1]] = values
-    halves = machine.halves(padded).reshape(len(values), config.tile.cluster, columns)
+    halves = machine.halves(padded, half).reshape(len(values), config.tile.cluster, columns)
     return (halves[..., ::2] | halves[..., 1::2] << 16).swapaxes(0, 1)
 
 
@@ -233,6 +233,10 @@ def rows_of(values: np.ndarray, machine: Machine, config: Phase1BwdConfig) -> np
         (8192, 8, 16, {"query": "fp32", "key_weight": "bf16", "accumulate": True}),
         (112, 2, 9, {"d_lse": False}),
         (8, 1, 1, {}),
+        (1024, 8, 16, {"scaled": True}),
+        (456, 7, 12, {"scaled": True, "dtype": "fp16", "query": "fp16"}),
+        (2048, 5, 8, {"scaled": True, "query": "fp32", "accumulate": True}),
+        (112, 3, 20, {"scaled": True}),
     ],
 )
 def test_gradients_of_a_few_tokens(patched, hidden_size: int, sources: int, queries: int, given: dict) -> None:
@@ -244,14 +248,15 @@ def test_gradients_of_a_few_tokens(patched, hidden_size: int, sources: int, quer
     tile, tokens = config.tile, 3
     rng = np.random.default_rng(hidden_size + queries)
 
-    def stored(*size: int) -> np.ndarray:
-        return machine.numbers(machine.halves(rng.standard_normal(size, np.float32)))
+    def stored(*size: int, half: bool | None = None) -> np.ndarray:
+        return machine.numbers(machine.halves(rng.standard_normal(size, np.float32), half), half)
 
-    v, d_out, old = (
-        stored(tokens, sources, hidden_size),
-        stored(queries, tokens, hidden_size),
-        stored(tokens, sources, hidden_size),
-    )
+    half = config.scaled or machine.half
+    rows, row_scale = stored(tokens, sources, hidden_size, half=half), np.ones((tokens, sources), np.float32)
+    if config.scaled:
+        row_scale = np.exp2(rng.integers(-3, 4, (tokens, sources))).astype(np.float32)
+    v = rows * row_scale[..., None]
+    d_out, old = stored(queries, tokens, hidden_size), stored(tokens, sources, hidden_size)
     u = rng.standard_normal((queries, hidden_size), np.float32) * np.float32(1.5 / np.sqrt(hidden_size))
     if config.query_terms == 1:
         u = machine.numbers(machine.halves(u))
@@ -274,7 +279,9 @@ def test_gradients_of_a_few_tokens(patched, hidden_size: int, sources: int, quer
     # The kernel
     kernel = device.Phase1BwdKernel(config)
     memory = device.Memory(config, Pointer())
-    statistics = device.Statistics(*(machine.place(x) for x in (lse, logits.transpose(0, 2, 1), rstd.T, d_lse)))
+    forward = [machine.place(x) for x in (lse, logits.transpose(0, 2, 1), rstd.T, d_lse)]
+    scales = [I32(machine.place(row_scale[:, n])) for n in range(sources)]
+    statistics = device.Statistics(*forward, scales, [I32(1)] * sources)
     found_du = machine.place(np.full((queries, hidden_size), np.nan))
     rank = np.arange(tile.cluster)[:, None, None]
     work = device.Work(rank, I32(0), I32(1), I32(tokens), I32(tokens))
@@ -303,13 +310,13 @@ def test_gradients_of_a_few_tokens(patched, hidden_size: int, sources: int, quer
         item = kernel.item(I32(turn), number)
         if number == 0:
             _, _, slot = kernel.source_slot(memory, turn)
-            fill(slot, 0, rows_of(v[turn], machine, config))
+            fill(slot, 0, rows_of(rows[turn], machine, config, half))
             if config.accumulate:
                 fill(slot, sources, rows_of(old[turn], machine, config))
         for octet in item.octets:
             _, _, slot = kernel.output_slot(memory, turn, octet)
-            rows = d_out[octet * 8 : octet * 8 + config.octet_rows(octet), turn]
-            fill(slot, 0, rows_of(rows, machine, config))
+            octet_rows = d_out[octet * 8 : octet * 8 + config.octet_rows(octet), turn]
+            fill(slot, 0, rows_of(octet_rows, machine, config))
         kernel.products(memory, lane, item)
         kernel.exchange(memory, work, lane, item)
         # Every warp does what one warp of the kernel does.
@@ -319,9 +326,9 @@ def test_gradients_of_a_few_tokens(patched, hidden_size: int, sources: int, quer
         kernel.mix(memory, lane, kernel.item(I32(turn), number), sums)
         if number == config.items - 1:
             first = (int(memory.stage) + turn % tile.stages * config.stage_bytes) // 4
-            rows = machine.shared[:, first : first + sources * words].reshape(tile.cluster, sources, words)
-            rows = rows[..., : tile.cta_columns // 2]
-            pairs = np.stack([machine.numbers(rows & 0xFFFF), machine.numbers(rows >> 16)], -1)
+            written = machine.shared[:, first : first + sources * words].reshape(tile.cluster, sources, words)
+            written = written[..., : tile.cta_columns // 2]
+            pairs = np.stack([machine.numbers(written & 0xFFFF), machine.numbers(written >> 16)], -1)
             found[turn] = pairs.reshape(tile.cluster, sources, -1).swapaxes(0, 1).reshape(sources, -1)
 
     items = [(turn, number) for turn in range(tokens) for number in range(config.items)]

@@ -142,6 +142,40 @@ def test_phase_1_backward_adds_to_gradients(
     assert d_queries.isfinite().all()
 
 
+# One, two and three octets of queries, in clusters of 1, 4 and 8.
+@pytest.mark.parametrize(("size", "depth", "queries"), [(2048, 4, 8), (4096, 8, 16), (7168, 8, 16), (7168, 8, 24)])
+def test_phase_1_backward_gives_the_same_bits_again_and_again(size: int, depth: int, queries: int) -> None:
+    from cute_kernels.phase1_bwd import phase1_bwd
+
+    tokens, device = 2001, {"device": "cuda"}
+    case = inputs.make_case("phase1", Shape(tokens, size, depth, queries, key_weight=False), dtype="bf16", **device)
+    sources, given = case.arguments["block_representations"], case.arguments["pseudo_queries"]
+    rstd = torch.stack([(source.float().square().mean(-1) + inputs.EPS).rsqrt() for source in sources])
+    logits = torch.stack([given.float() @ source.float().T for source in sources], 1) * rstd
+    lse = logits.logsumexp(1)
+    d_out, d_lse = case.grad_outputs["out"], case.grad_outputs["lse"]
+
+    def gradients() -> list[torch.Tensor]:
+        found = [torch.full_like(value, torch.nan) for value in (*sources, given)]
+        phase1_bwd(
+            d_out, d_lse, sources, given, None, inputs.EPS, 1.0, lse, logits, rstd, found[:-1], False, found[-1], None
+        )
+        return found
+
+    first = gradients()
+    for _ in range(30):
+        assert all(torch.equal(value, again) for value, again in zip(first, gradients(), strict=True))
+
+
+def test_most_of_the_device_holds_clusters() -> None:
+    from cute_kernels.phase1_bwd import cluster_count
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    sms = torch.cuda.get_device_properties(device).multi_processor_count
+    for cluster in (1, 2, 4, 8):
+        assert sms * 3 // 4 <= cluster_count(cluster, 384, 230_000, device) * cluster <= sms
+
+
 @pytest.mark.parametrize("backend", ["triton", "cute"])
 def test_offsets_past_two_to_the_31(backend: str) -> None:
     tokens, size = 2**31 // 7168 + 300, 7168

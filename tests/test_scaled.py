@@ -213,13 +213,18 @@ STORAGE = {
 }
 
 
-def scaled_case(op: str, shape: Shape = SMALL, device: str = "cpu") -> inputs.Case:
+def scaled_case(
+    op: str, shape: Shape = SMALL, device: str = "cpu", dtype: str = "bf16/fp32", magnitude: float = 1.0
+) -> inputs.Case:
     """A case whose storage tensors are scaled fp16."""
-    case = inputs.make_case(op, shape, dtype="bf16/fp32", device=device, seed=3)
+    case = inputs.make_case(op, shape, dtype=dtype, device=device, seed=3)
+
+    def stored(value: Tensor) -> ScaledTensor:
+        return ScaledTensor.from_tensor(value.float() * magnitude, value.dtype)
+
     for name in STORAGE[op]:
         value = case.arguments[name]
-        many = isinstance(value, list)
-        case.arguments[name] = [ScaledTensor.from_tensor(v) for v in value] if many else ScaledTensor.from_tensor(value)
+        case.arguments[name] = [stored(v) for v in value] if isinstance(value, list) else stored(value)
     return case
 
 
@@ -582,6 +587,26 @@ def test_phase_1_on_hopper_takes_blocks_of_any_magnitude(
     assert error.norm() <= 1.05 * floor.norm()
     # a block alone may be exact
     assert (error <= 1.2 * floor + 1e-6).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("magnitude", [1.0, 1e30])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "bf16/fp32"])
+@pytest.mark.parametrize(
+    "shape", [Shape(1, 384, 1, 1), Shape(300, 1000, 7, 8), Shape(257, 2304, 5, 12), Shape(129, 7168, 8, 24)], ids=str
+)
+def test_hopper_takes_the_gradient_of_phase_1(
+    shape: Shape, dtype: str, magnitude: float, ran: list[tuple[str, str]]
+) -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the CuTe kernels need a Hopper GPU")
+    case = scaled_case("phase1", shape, "cuda", dtype, magnitude)
+    results, again = (call("phase1", case.arguments, case.grad_outputs, backend="auto") for _ in range(2))
+    assert broken("phase1", case, results) == {}
+    for found, repeated in zip(results["d_block_representations"], again["d_block_representations"], strict=True):
+        assert torch.equal(found, repeated)
+    assert torch.equal(results["d_pseudo_queries"], again["d_pseudo_queries"])
+    assert ("phase1_bwd", "cute") in ran
 
 
 @pytest.mark.gpu

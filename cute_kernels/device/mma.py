@@ -257,6 +257,12 @@ def bulk_load(
     ptx(text, [], [shared, address, size, barrier, Int64(policy), *condition], effects=True)
 
 
+def bulk_prefetch(address: Int64, size: Int32, predicate: Boolean | None) -> None:
+    """Starts fetching `size` bytes (a multiple of 16) to L2."""
+    guard, condition = _guard(predicate, 2)
+    ptx(f"{guard}cp.async.bulk.prefetch.L2.global [$0],$1;", [], [address, size, *condition], effects=True)
+
+
 def bulk_store(address: Int64, shared: Int32, size: Int32, policy: int, predicate: Boolean) -> None:
     """Starts copying `size` bytes (a multiple of 16) from shared memory, as part of this lane's open bulk group."""
     text = "@$4 cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [$0],[$1],$2,$3;"

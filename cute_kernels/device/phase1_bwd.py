@@ -10,17 +10,20 @@ cluster, then over consumer warps; all walk the same items. Per item, a warp doe
     products   gradients of outputs [16 x D-slice] times sources^T [D-slice x 8]
     exchange   sums of these over all warps and CTAs: each warp adds up one share and sends it to every CTA
     weights    in every warp, from the sums: p, g and the pull become mma operands in place
-    mix        p^T and g^T [8 high and 8 low x 16] times gradients of outputs and queries [16 x D-slice], and
-               g and the pull [16 x 8] times sources [8 x D-slice], which adds to du in registers
+    mix        p^T, g^T and the pull [8 high and 8 low x 16] times gradients of outputs, queries and sources
+               [16 x D-slice], and g [16 x 8] times sources [8 x D-slice], which adds to du in registers
 
 in the order products(i + 1), exchange(i + 1), weights(i), mix(i), so that sums have a mix's time to cross the cluster.
 One more warp keeps two rings full, of tokens' sources and of octets' gradients; another stores the sources' gradients
 that consumers stage in shared memory; another keeps a ring of items' statistics full: p and what else the forward saved.
 
 Rows are read from device memory once. Deterministic: every sum has a fixed order.
+
+Sources of scaled fp16 are rows x_n with v_n = s_n x_n, s_n a power of two for each: products are made of the rows as
+stored, scales enter by the weights alone. Beside bf16 gradients, the rows become two bf16 terms, which is exact.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cuda.bindings.driver as cuda
 import cutlass
@@ -42,19 +45,25 @@ from cute_kernels.config_phase1_bwd import (
     P_AT,
     PIECE,
     PULLS_AT,
+    RSTD_AT,
+    SCALES_AT,
     SCRATCH_BYTES,
     STATISTICS_BYTES,
     STEP,
     Phase1BwdConfig,
+    Statistics,
 )
 from cute_kernels.device.cluster import Work, cluster_work, sync_cluster
 from cute_kernels.device.mma import (
+    Octet,
     Pair,
     bulk_load,
+    bulk_prefetch,
     bulk_store,
     ldmatrix,
     load_scalar,
     load_shared,
+    mma,
     mma_k8,
     pack,
     power_of_two_scale,
@@ -125,15 +134,6 @@ class Lane(NamedTuple):
     offset: Int32  # of the warp's slice, in bytes of a row in shared memory
 
 
-class Statistics(NamedTuple):
-    """Device addresses of what the forward saved, fp32, and of lse's gradient (0: none)."""
-
-    lse: Int64  # [S, T]
-    logits: Int64  # [S, N, T]
-    rstd: Int64  # [N, T]
-    d_lse: Int64  # [S, T]
-
-
 class Item(NamedTuple):
     """One or two octets of a token's queries."""
 
@@ -151,10 +151,12 @@ class Weights(NamedTuple):
     # (high, low): rows are sources, K the octet's queries
     p: list[tuple[Pair, Pair]]
     g: list[tuple[Pair, Pair]]
-    # what is multiplied with sources: terms of the octets' g, then, at a token's last item, of the pull on its diagonal
+    # (high, low), on their diagonals: of a token's last item
+    pull: tuple[Pair, Pair] | None
+    # what is multiplied with sources for du: each term of the octets' g, whose rows are queries
     of_sources: list[list[Pair]]
-    # undoes the power of two of fp16 weights
-    unscale: Float32 | None
+    # undo the powers of two of fp16 weights: of what makes d_sources, of what makes du
+    unscale: list[Float32] | None
 
 
 class Sums(NamedTuple):
@@ -171,6 +173,7 @@ class Phase1BwdKernel:
         self.dtype = TYPES[config.dtype]
         self.warp_columns = config.tile.columns
         self.ragged = config.ragged
+        self.mixed = config.scaled and self.dtype is not Float16
         # Whether a mix loads one step ahead: not where gradients fill the registers
         self.ahead = config.gradient_registers <= (APART_AHEAD_REGISTERS if config.adds_apart else AHEAD_REGISTERS)
 
@@ -178,16 +181,13 @@ class Phase1BwdKernel:
     def __call__(
         self,
         d_out: Int64,  # [S, T, D]
-        d_lse: Int64,  # [S, T] fp32, when there is one
         sources: list,  # N addresses of [T, D]
         strides: list,  # elements from one token to the next
         queries: Int64,  # [S, D]
         query_stride: Int64,
         key_weights: Int64,  # [S, D], when there are any
         key_weight_stride: Int64,
-        lse: Int64,
-        logits: Int64,
-        rstd: Int64,
+        statistics: Statistics,
         d_sources: list,  # N addresses of [T, D]
         d_strides: list,
         du: Int64,  # [clusters, S, D] fp32
@@ -205,7 +205,7 @@ class Phase1BwdKernel:
             query_stride,
             key_weights,
             key_weight_stride,
-            Statistics(lse, logits, rstd, d_lse),
+            statistics,
             d_sources,
             d_strides,
             du,
@@ -327,6 +327,8 @@ class Phase1BwdKernel:
         row_stride = Int64(work.tokens) * (config.hidden_size * ITEM)
         for turn in cutlass.range(work.items, unroll=1):
             token = Int64(work.item(turn))
+            if const_expr(self.tile.cluster == 1):
+                self.prefetch(work, turn + 1, d_out, sources, strides)
             self.load_sources(memory, work, at_source, turn, sources, strides, 0)
             at_source.advance()
             for octet in cutlass.range_constexpr(config.octets):
@@ -339,6 +341,19 @@ class Phase1BwdKernel:
                 for s in cutlass.range(rows, unroll=4):
                     bulk_load(slot + s * row_bytes, address + s * row_stride, size, barrier, EVICT_FIRST, some)
                 at_output.advance()
+
+    @cute.jit
+    def prefetch(self, work: Work, turn: Int32, d_out: Int64, sources: list, strides: list):
+        """A token's rows to L2, before there is room for them. Where clusters share a token, it cost time."""
+        config = self.config
+        column, size, some = self.part(work)
+        if turn < work.items:
+            token = Int64(work.item(turn))
+            for source, stride in zip(sources, strides, strict=True):
+                bulk_prefetch(source + (token * stride + column) * ITEM, size, some)
+            address = d_out + (token * config.hidden_size + column) * ITEM
+            for s in cutlass.range(config.num_queries, unroll=4):
+                bulk_prefetch(address + s * (Int64(work.tokens) * (config.hidden_size * ITEM)), size, some)
 
     @cute.jit
     def load_addends(self, memory: Memory, work: Work, d_sources: list, d_strides: list):
@@ -415,6 +430,15 @@ class Phase1BwdKernel:
             lse = statistics.lse + (Int64(query) * tokens + token) * 4
             loaded.append((there, load_scalar(logit, there), load_scalar(lse, there)))
         rstd = load_scalar(statistics.rstd + (Int64(lane) * tokens + token) * 4, lane < sources)
+        value_rstd = rstd
+        if config.scaled:
+            address, stride = statistics.scales[0], statistics.scale_strides[0]
+            for n in range(1, sources):
+                address = select(lane == n, statistics.scales[n], address)
+                stride = select(lane == n, statistics.scale_strides[n], stride)
+            row_scale = load_scalar(address + token * stride * 4, lane < sources)
+            value_rstd = rstd * row_scale
+            store_shared(at, SCALES_AT, [row_scale], lane < OCTET)
         d_lse, query = Float32(0.0), first + lane
         if config.d_lse:
             there = (lane < self.tile.item_octets * OCTET) & (query < config.num_queries)
@@ -424,7 +448,8 @@ class Phase1BwdKernel:
             store_shared(at, P_AT + piece * LANES * 4, [p])
             store_shared(at, LOGITS_AT + piece * LANES * 4, [logit])
         store_shared(at, FACTORS_AT, [scale * rstd], lane < OCTET)
-        store_shared(at, PULLS_AT, [rstd * rstd * Float32(1.0 / config.hidden_size)], lane < OCTET)
+        store_shared(at, PULLS_AT, [value_rstd * Float32(1.0 / config.hidden_size)], lane < OCTET)
+        store_shared(at, RSTD_AT, [rstd], lane < OCTET)
         store_shared(at, D_LSE_AT, [d_lse], lane < self.tile.item_octets * OCTET)
 
     # Consumers
@@ -475,6 +500,12 @@ class Phase1BwdKernel:
         if count < OCTET:
             row = cutlass.min(row, count - 1)
         return first + lane.offset + (lane.lane // 8) * 16 + row * self.tile.row_bytes
+
+    def pair_rows(self, lane: Lane, first: tuple[Int32, int], second: tuple[Int32, int]) -> Int32:
+        """The address for 16 columns of up to 8 rows of each of two, whose matrices come in turn."""
+        row, piece = lane.lane % 8, lane.lane // 8
+        starts = [at + cutlass.min(row, count - 1) * self.tile.row_bytes for at, count in (first, second)]
+        return select(piece % 2 == 0, *starts) + lane.offset + piece // 2 * 16
 
     def item(self, turn: Int32, number: int) -> Item:
         octets, items = self.config.octets, self.config.items
@@ -540,32 +571,31 @@ class Phase1BwdKernel:
         order = piece % 2 * 2 + piece // 2 if alone else piece
         row = cutlass.min(lane.lane % 8, config.num_sources - 1)
         source_rows = slot + lane.offset + row * tile.row_bytes + order * 16
-        octet_rows = []
+        outputs = []
         for octet in item.octets:
             index, parity, slot = self.output_slot(memory, item.turn, octet)
             cute.arch.mbarrier_wait(memory.outputs_full + index, parity)
-            row = cutlass.min(lane.lane % 8, config.octet_rows(octet) - 1)
-            octet_rows.append(slot + lane.offset + row * tile.row_bytes)
-        if alone:
-            d_out_rows = octet_rows[0] + piece * 16
-        else:
-            d_out_rows = select(piece % 2 == 0, octet_rows[0], octet_rows[1]) + (piece // 2) * 16
+            outputs.append((slot, config.octet_rows(octet)))
+        d_out_rows = self.rows(lane, *outputs[0]) if alone else self.pair_rows(lane, *outputs)
         sums, zero = ChainedSum(self.dtype, alternating=alone), Int32(0)
         for step, tiles in enumerate(self.steps()):
             columns, whole = step * STEP * ITEM, len(tiles) == TILES
+            operands: list[tuple[Octet, Octet]] = []
             if alone:
                 # Of the last 16 columns, both matrices twice
                 source = ldmatrix(source_rows if whole else source_rows - order // 2 * 32, columns)
                 d_out = ldmatrix(d_out_rows, columns, count=len(tiles)) + [zero] * (TILES - len(tiles))
-                for half in range(2):
-                    operand = ((d_out[0], d_out[2]), (d_out[1], d_out[3]))
-                    sums.add(operand, (source[2 * half], source[2 * half + whole]))
+                operands = [((d_out[0], d_out[2]), (d_out[1], d_out[3]))] * 2
+                rows = [(source[0], source[whole]), (source[2], source[2 + whole])]
             else:
                 source = ldmatrix(source_rows, columns, count=len(tiles))
                 for half in range(len(tiles) // 2):
                     d_out = ldmatrix(d_out_rows, columns + half * PIECE * ITEM)
-                    operand = ((d_out[0], d_out[2]), (d_out[1], d_out[3]))
-                    sums.add(operand, (source[2 * half], source[2 * half + 1]))
+                    operands.append(((d_out[0], d_out[2]), (d_out[1], d_out[3])))
+                rows = list(zip(source[::2], source[1::2], strict=True))
+            for terms in zip(*[zip(*map(self.source_terms, pair), strict=True) for pair in rows], strict=True):
+                for operand, term in zip(operands, terms, strict=True):
+                    sums.add(operand, term)
             # See mix.
             if step % 2:
                 cute.arch.sync_warp()
@@ -625,12 +655,13 @@ class Phase1BwdKernel:
         statistics = memory.statistics + buffer * STATISTICS_BYTES
         cute.arch.mbarrier_wait(memory.statistics_full + buffer, (item.index // BUFFERS) & 1)
         factor = load_shared(Float32, statistics + lane.q * 8, FACTORS_AT, 2)
-        ps, gs = [], []
+        row_scale = [load_shared(Float32, statistics + lane.q * 8, SCALES_AT, 2)] if config.scaled else []
+        ps, gs, value_gs = [], [], []
         pull = [Float32(0.0)] * 2 if item.first else [sums.pull[e] for e in range(2)]
         for i in range(len(item.octets)):
             at = [i * 256 + share * config.partial_bytes for share in range(shares)]
             parts = [load_shared(Float32, totals, offset, 2) for offset in at]
-            a = [tree(add, [part[e] for part in parts]) for e in range(2)]
+            a = multiply([tree(add, [part[e] for part in parts]) for e in range(2)], *row_scale)
             p = load_shared(Float32, statistics + lane.lane * 8, P_AT + i * 256, 2)
             logit = load_shared(Float32, statistics + lane.lane * 8, LOGITS_AT + i * 256, 2)
             (d_lse,) = load_shared(Float32, statistics + lane.c * 4, D_LSE_AT + i * 32, 1)
@@ -641,28 +672,37 @@ class Phase1BwdKernel:
             pull = [pull[e] + logit[e] * h[e] for e in range(2)]
             ps.append(p)
             gs.append([factor[e] * h[e] for e in range(2)])
+            value_gs.append(multiply(gs[-1], *row_scale))
         diagonal = []
         if item.last:
-            factor = load_shared(Float32, statistics + lane.q * 8, PULLS_AT, 2)
+            # Not rstd^2: fp32 has no square of a large row's.
+            factors = [load_shared(Float32, statistics + lane.q * 8, at, 2) for at in (PULLS_AT, RSTD_AT)]
             for offset in (4, 8, 16):
                 pull = [value + cute.arch.shuffle_sync_bfly(value, offset=offset) for value in pull]
             zero = Float32(0.0)
-            diagonal = [[select(lane.c == lane.q * 2 + e, zero - factor[e] * pull[e], zero) for e in range(2)]]
+            pull = [zero - factors[0][e] * (factors[1][e] * pull[e]) for e in range(2)]
+            diagonal = [[select(lane.c == lane.q * 2 + e, pull[e], zero) for e in range(2)]]
         else:
             sums.pull[0], sums.pull[1] = pull
         unscale = None
         if self.dtype is Float16:
-            scale, unscale = self.scale_of([*ps, *gs, *diagonal])
-            ps, gs, diagonal = ([[scale * value for value in pair] for pair in pairs] for pairs in (ps, gs, diagonal))
+            power, inverse = self.scale_of([*ps, *gs, *diagonal])
+            # Where sources are scaled, what makes du may be of another magnitude.
+            value_power, value_inverse = self.scale_of(value_gs) if config.scaled else (power, inverse)
+            ps, gs, diagonal = ([[power * value for value in pair] for pair in pairs] for pairs in (ps, gs, diagonal))
+            value_gs = [[value_power * value for value in pair] for pair in value_gs]
+            unscale = [inverse, value_inverse]
 
         def split(pairs: list[list[Float32]], terms: int) -> list[list[Pair]]:
             return [[term[0] for term in split_vector(self.dtype, pair, terms)] for pair in pairs]
 
-        of_sources = split(gs, config.weight_terms)
+        of_sources = split(value_gs, config.weight_terms)
+        of_queries = split(gs, 2) if config.scaled else of_sources
         return Weights(
             p=[(transpose(high), transpose(low)) for high, low in split(ps, 2)],
-            g=[(transpose(terms[0]), transpose(terms[1])) for terms in of_sources],
-            of_sources=of_sources + split(diagonal, 2),
+            g=[(transpose(terms[0]), transpose(terms[1])) for terms in of_queries],
+            pull=tuple(split(diagonal, 2)[0]) if item.last else None,
+            of_sources=[list(terms) for terms in zip(*of_sources, strict=True)],
             unscale=unscale,
         )
 
@@ -683,28 +723,36 @@ class Phase1BwdKernel:
         source_rows = self.rows(lane, source_slot, config.num_sources)
         addend_rows = self.rows(lane, source_slot + config.num_sources * tile.row_bytes, config.num_sources)
         adds = item.last and config.accumulate
+        # (address, rows) of what p and g are multiplied with, an octet of rows each
         factors, released = [], []
         for octet in item.octets:
             index, _, slot = self.output_slot(memory, item.turn, octet)
-            factors.append((self.rows(lane, slot, config.octet_rows(octet)), 0))
+            factors.append((slot, config.octet_rows(octet)))
             released.append(index)
         for term in range(config.query_terms):
             for octet in item.octets:
-                row = term * config.num_queries + octet * OCTET
-                factors.append((self.rows(lane, memory.queries, config.octet_rows(octet)), row * tile.row_bytes))
+                first = (term * config.num_queries + octet * OCTET) * tile.row_bytes
+                factors.append((memory.queries + first, config.octet_rows(octet)))
+        pairs = [factors[i : i + 2] for i in range(0, len(factors), 2)]
+        pair_rows = [self.pair_rows(lane, *pair) if len(pair) == 2 else self.rows(lane, *pair[0]) for pair in pairs]
 
-        def load(step: int) -> list[list[Pair]]:
-            """Sources, the factors' rows, what is added."""
-            columns = step * STEP * ITEM
-            count = len(steps[step])
+        def load(step: int) -> list[list[Any]]:
+            """Tiles of the sources, of one or two factors at once, of what is added."""
+            columns, count = step * STEP * ITEM, len(steps[step])
             found = [ldmatrix(source_rows, columns, True, count)]
-            found += [ldmatrix(address, offset + columns, True, count) for address, offset in factors]
+            for pair, address in zip(pairs, pair_rows, strict=True):
+                if len(pair) == 1:
+                    found.append([(matrix,) for matrix in ldmatrix(address, columns, True, count)])
+                    continue
+                halves = [ldmatrix(address, columns + half * PIECE * ITEM, True) for half in range(count // 2)]
+                found.append([tuple(half[i : i + 2]) for half in halves for i in (0, 2)])
             return [*found, ldmatrix(addend_rows, columns, False, count)] if adds else found
 
         steps = self.steps()
         loaded = load(0) if self.ahead else []
         weights = self.weights(memory, lane, item, sums)
-        operands = weights.p + weights.g * config.query_terms
+        octets = weights.p + weights.g * config.query_terms
+        operands = [octets[i : i + 2] for i in range(0, len(octets), 2)]
         stage_index = item.turn % tile.stages
         stage = memory.stage + stage_index * config.stage_bytes + lane.offset + lane.c * tile.row_bytes + lane.q * 4
         if item.last:
@@ -714,15 +762,15 @@ class Phase1BwdKernel:
             # Before this step's stores: the compiler cannot tell that they go elsewhere.
             loaded = load(step + 1) if self.ahead and step + 1 < len(steps) else []
             for i, k in enumerate(tiles):
-                pull = self.add_products(weights, sources[i], sums.du, k, item)
-                total = None
+                source, total = self.source_terms(sources[i]), None
+                self.add_products(weights, source, sums.du, k, item)
+                for term in source if item.last else ():
+                    total = mma_k8(self.dtype, weights.pull, term, total)
                 for operand, matrices in zip(operands, rest, strict=False):
-                    total = mma_k8(self.dtype, operand, matrices[i], total)
+                    total = self.product(operand, matrices[i], total)
                 d_source = [total[e] + total[2 + e] for e in range(2)]
-                if item.last:
-                    d_source = [value + more for value, more in zip(d_source, pull, strict=True)]
                 if weights.unscale is not None:
-                    d_source = [value * weights.unscale for value in d_source]
+                    d_source = [value * weights.unscale[0] for value in d_source]
                 if not item.first:
                     d_source = [d_source[e] + sums.d_sources[e, k] for e in range(2)]
                 if adds:
@@ -747,36 +795,45 @@ class Phase1BwdKernel:
                 cute.arch.mbarrier_arrive(memory.sources_empty + source_index)
                 cute.arch.mbarrier_arrive(memory.staged + stage_index)
 
+    def product(self, octets: list[tuple[Pair, Pair]], rows: tuple[Pair, ...], total: list[Float32] | None):
+        """Adds one or two octets' weights, high in rows 0 to 7 and low in rows 8 to 15, times their rows."""
+        if len(octets) == 1:
+            return mma_k8(self.dtype, octets[0], rows[0], total)
+        (high_0, low_0), (high_1, low_1) = octets
+        return mma(self.dtype, ((high_0, high_1), (low_0, low_1)), rows, total)
+
+    def source_terms(self, matrix: Pair) -> tuple[Pair, ...]:
+        """A tile of sources in the gradients' dtype."""
+        if not self.mixed:
+            return (matrix,)
+        (high,), (low,) = split_vector(self.dtype, list(unpack(Float16, matrix)), 2)
+        return high, low
+
     def add_products(
-        self, weights: Weights, row: Pair, r_du: cute.Tensor, tile: int, item: Item
-    ) -> list[Float32] | None:
-        """Adds to du what a tile of sources gives; returns the pull with a token's last item. Two operands share an mma.
+        self, weights: Weights, source: tuple[Pair, ...], r_du: cute.Tensor, tile: int, item: Item
+    ) -> None:
+        """Adds to du what a tile of sources gives. Two octets share an mma.
 
         Where fp32 gradients are wanted, products start from zero and are added in fp32 registers: the tensor core's
         own sums are truncated, by 5e-6 over a hundred tokens. (And fp16 products have a scale of their own.)
         """
-        operands, octets = weights.of_sources, list(item.octets)
-        pull = None
-        for i in range(0, len(operands), 2):
-            pair, of = operands[i : i + 2], octets[i : i + 2]
-            # An operand of the mma has to be four registers in a row: du of one octet alone would be moved there.
-            apart = self.config.adds_apart or len(of) < min(self.config.octets, 2)
-            total = None
-            if not apart:
-                total = [r_du[e, tile, octet] for octet in of for e in range(2)]
-                total += [Float32(0.0)] * (4 - len(total))
-            for term in range(max(map(len, pair))):
-                a = [terms[term] if term < len(terms) else Int32(0) for terms in pair] + [Int32(0)]
-                total = mma_k8(self.dtype, (a[0], a[1]), row, total)
-            for k, octet in enumerate(of):
-                for e in range(2):
-                    value = total[2 * k + e]
-                    if weights.unscale is not None:
-                        value = value * weights.unscale
-                    r_du[e, tile, octet] = r_du[e, tile, octet] + value if apart else value
-            if len(of) < len(pair):
-                pull = total[2 * len(of) : 2 * len(of) + 2]
-        return pull
+        octets = list(item.octets)
+        # An operand of the mma has to be four registers in a row: du of one octet alone would be moved there.
+        apart = self.config.adds_apart or len(octets) < min(self.config.octets, 2)
+        total = None
+        if not apart:
+            total = [r_du[e, tile, octet] for octet in octets for e in range(2)]
+            total += [Float32(0.0)] * (4 - len(total))
+        for term in weights.of_sources:
+            a = [*term, Int32(0)]
+            for rows in source:
+                total = mma_k8(self.dtype, (a[0], a[1]), rows, total)
+        for k, octet in enumerate(octets):
+            for e in range(2):
+                value = total[2 * k + e]
+                if weights.unscale is not None:
+                    value = value * weights.unscale[1]
+                r_du[e, tile, octet] = r_du[e, tile, octet] + value if apart else value
 
     def store_du(self, work: Work, lane: Lane, du: Int64, r_du: cute.Tensor) -> None:
         """This warp's columns of the cluster's du."""
@@ -790,3 +847,7 @@ class Phase1BwdKernel:
                 inside = there & (lane.column + k * 8 < hidden_size) if self.ragged else there
                 offset = (octet * OCTET * hidden_size + k * 8) * 4
                 store_pair(address, offset, [r_du[0, k, octet], r_du[1, k, octet]], inside)
+
+
+def multiply(numbers: list[Float32], factors: list[Float32] | None = None) -> list[Float32]:
+    return numbers if factors is None else [a * b for a, b in zip(numbers, factors, strict=True)]
