@@ -46,6 +46,7 @@ def build(config: Phase1BwdConfig) -> Any:
 
 @functools.cache
 def kernel_for(
+    device: torch.device,
     dtype: torch.dtype,
     query: torch.dtype,
     key_weight: torch.dtype | None,
@@ -55,8 +56,8 @@ def kernel_for(
     d_lse: bool,
     accumulate: bool,
     scaled: bool,
-) -> tuple[Phase1BwdConfig, Any]:
-    """The launch's configuration, and the kernel compiled for it."""
+) -> tuple[Any, int, int]:
+    """The kernel compiled for the launch, the CTAs of its clusters, and how many clusters the device holds."""
     config = phase1_bwd_config(
         dtype=PARAMETER_DTYPES[dtype],
         query=PARAMETER_DTYPES[query],
@@ -70,7 +71,8 @@ def kernel_for(
     )
     if config is None:
         raise ValueError(f"no tile for hidden size {hidden_size}, {num_sources} sources, {num_queries} queries")
-    return config, build(config)
+    cluster = config.tile.cluster
+    return build(config), cluster, cluster_count(cluster, config.threads, config.shared_bytes, device)
 
 
 def phase1_bwd(
@@ -98,7 +100,8 @@ def phase1_bwd(
     """
     queries, key_weights = aligned(queries), None if key_weights is None else aligned(key_weights)
     num_queries, tokens, hidden_size = d_out.shape
-    config, kernel = kernel_for(
+    kernel, cluster, clusters = kernel_for(
+        d_out.device,
         d_out.dtype,
         queries.dtype,
         dtype_of(key_weights),
@@ -109,7 +112,7 @@ def phase1_bwd(
         accumulate,
         source_scales is not None,
     )
-    clusters = min(tokens, cluster_count(config.tile.cluster, config.threads, config.shared_bytes, d_out.device))
+    clusters = min(tokens, clusters)
     du = torch.empty(clusters, num_queries, hidden_size, dtype=torch.float32, device=d_out.device)
     kernel(
         d_out.data_ptr(),
@@ -132,13 +135,12 @@ def phase1_bwd(
         du.data_ptr(),
         tokens,
         scale,
-        clusters * config.tile.cluster,
+        clusters * cluster,
         current_stream(d_out.device),
     )
     query_grad(du, queries, key_weights, d_queries, d_key_weights)
 
 
-@functools.cache
 def cluster_count(cluster: int, threads: int, shared_bytes: int, device: torch.device) -> int:
     """How many run at once; one more doubles the time. Clusters of 4 and 8 do not fill every GPC's SMs, and chips differ in
     theirs: the driver knows. (On an H200, 30 clusters of 4 or 15 of 8.)
