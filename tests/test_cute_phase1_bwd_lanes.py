@@ -180,14 +180,14 @@ class Machine:
 @pytest.fixture
 def patched(monkeypatch: pytest.MonkeyPatch):
     """The device module with its types and instructions replaced by a machine's."""
-    from cute_kernels.device import phase1, phase1_bwd
+    from cute_kernels.device import phase1_bwd, phase1_queries
 
     def patch(machine: Machine) -> types.ModuleType:
         for name in ("ldmatrix", "mma", "mma_k8", "pack", "unpack", "split_vector", "transpose"):
             monkeypatch.setattr(phase1_bwd, name, getattr(machine, name))
         for name in ("load_shared", "store_shared", "store_cluster", "load_scalar", "store_pair"):
             monkeypatch.setattr(phase1_bwd, name, getattr(machine, name))
-        monkeypatch.setattr(phase1, "mma", machine.mma)
+        monkeypatch.setattr(phase1_queries, "mma", machine.mma)
         for name, value in {"Float32": F32, "Int32": I32, "Int64": I32, "select": np.where}.items():
             monkeypatch.setattr(phase1_bwd, name, value)
         monkeypatch.setattr(phase1_bwd, "exp_difference", lambda a, b: np.exp(a - b))

@@ -19,9 +19,9 @@ from test_cute_phase1_bwd_lanes import F32, I32, LANES, Machine, Pointer
 from attnres import oracle, rounding
 from attnres.scaled import ScaledTensor
 from cute_kernels.config_phase1 import Phase1Config, Phase1Outputs, phase1_config
-from cute_kernels.device import phase1
+from cute_kernels.device import phase1, phase1_queries
 
-HALF = {phase1.BFloat16: False, phase1.Float16: True}
+HALF = {phase1_queries.BFloat16: False, phase1_queries.Float16: True}
 STORAGE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp16_scaled": torch.float16}
 EPS, SCALE, SEED = 1e-6, 0.7, 2**40 + 5
 
@@ -125,7 +125,7 @@ def philox(seed, eight, row, stream):
 
 
 def stochastic(values, dtype, words):
-    assert dtype is phase1.BFloat16
+    assert dtype is phase1_queries.BFloat16
     halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
     bits = [np.ascontiguousarray(value).view(np.uint32) for value in values]
     rounded = [(b & 0x7FFFFFFF) + h & 0xFFFF0000 | b & 0x80000000 for b, h in zip(bits, halves, strict=True)]
@@ -138,8 +138,7 @@ def machine(monkeypatch: pytest.MonkeyPatch):
         machine = ForwardMachine(config)
         names = "ldmatrix pack unpack split_vector split_pack mma zip_pairs larger_magnitudes load_shared store_shared "
         names += "store_cluster load_vector store_scalar store_vector copy_scalar"
-        for name in names.split():
-            monkeypatch.setattr(phase1, name, getattr(machine, name))
+        replaced = {name: getattr(machine, name) for name in names.split()}
         functions = {
             "Float32": F32,
             "Int32": I32,
@@ -157,12 +156,14 @@ def machine(monkeypatch: pytest.MonkeyPatch):
             "exp_difference": lambda a, b: np.exp(a - b),
             "log": np.log,
         }
-        for name, value in functions.items():
-            monkeypatch.setattr(phase1, name, value)
+        for name, value in (replaced | functions).items():
+            for module in (phase1, phase1_queries):
+                if hasattr(module, name):
+                    monkeypatch.setattr(module, name, value)
         monkeypatch.setattr(F32, "width", 32, raising=False)
-        monkeypatch.setitem(phase1.TYPES, "fp32", F32)
+        monkeypatch.setitem(phase1_queries.TYPES, "fp32", F32)
         # A loop in the kernel
-        monkeypatch.setattr(phase1.QueryReader, "peak", peak)
+        monkeypatch.setattr(phase1_queries.QueryReader, "peak", peak)
         monkeypatch.setattr(phase1.Phase1Kernel, "announce_totals", lambda *_: None)
         monkeypatch.setattr(cutlass, "min", np.minimum)
         nothing = "sync_warp mbarrier_wait mbarrier_arrive cp_async_wait_group cp_async_commit_group"
@@ -226,7 +227,7 @@ def run(machine: ForwardMachine, config: Phase1Config, sources, queries, key_wei
     )
     lane = kernel.place(memory, work, np.arange(tile.warps)[None, :, None], LANES[None, None, :])
     weights = (0, 0) if key_weights is None else (I32(machine.store(key_weights)), config.hidden_size)
-    given = kernel.load_queries(memory, lane, I32(machine.store(queries)), config.hidden_size, *weights)
+    given = phase1_queries.load_queries(kernel, memory, lane, I32(machine.store(queries)), config.hidden_size, *weights)
     machine.shared[:, : shape.ring_bytes(tile) // 4] = 0 if kernel.ragged else 0xFFFFFFFF
     columns = tile.cluster * shape.cta_columns(tile)
     padded = [torch.nn.functional.pad(v, (0, columns - config.hidden_size)).view(torch.int32) for v in values]

@@ -75,7 +75,7 @@ from cute_kernels.device.mma import (
     transpose,
     unpack,
 )
-from cute_kernels.device.phase1 import TYPES, ChainedSum, QueryReader
+from cute_kernels.device.phase1_queries import TYPES, ChainedSum, QueryReader
 from cute_kernels.device.pipelines import EVICT_FIRST, producer_state
 from cute_kernels.device.rows import add, exp_difference, tree
 
