@@ -58,7 +58,9 @@ def load_queries(kernel, memory, lane, queries: Int64, query_stride, key_weights
     took a few microseconds. Third terms, which no register is left for, stay in shared memory.
     """
     shape, tile = kernel.shape, kernel.tile
-    reader = QueryReader(kernel, lane, queries, query_stride, key_weights, weight_stride)
+    # As rows of output: see Shape.octet_tokens
+    period = shape.octet_queries if shape.octet_tokens > 1 else None
+    reader = QueryReader(kernel, lane, queries, query_stride, key_weights, weight_stride, period)
     stage = memory.stage + lane.warp * shape.stage_bytes(tile)
     stage_row, third_row = shape.stage_row_bytes(tile), shape.third_row_bytes(tile)
     third = memory.third + lane.warp * shape.third_bytes(tile)
@@ -157,10 +159,13 @@ class ChainedSum:
 
 
 class QueryReader:
-    """Queries and key weights, 8 of the warp's columns at a time; zeros past the last query and the last column."""
+    """Queries and key weights, 8 of the warp's columns at a time; zeros past the last query and the last column.
 
-    def __init__(self, kernel, lane, queries, query_stride, key_weights, weight_stride):
-        self.kernel, self.config, self.lane = kernel, kernel.config, lane
+    period: rows from one occurrence of a query to the next, where tokens share an octet of rows.
+    """
+
+    def __init__(self, kernel, lane, queries, query_stride, key_weights, weight_stride, period: int | None = None):
+        self.kernel, self.config, self.lane, self.period = kernel, kernel.config, lane, period
         self.tensors = [(TYPES[self.config.query], queries, query_stride)]
         if self.config.key_weight is not None:
             self.tensors.append((TYPES[self.config.key_weight], key_weights, weight_stride))
@@ -173,9 +178,8 @@ class QueryReader:
     def load(self, query: Int32 | int, column: Int32) -> list[list[Numeric]]:
         """The 16 or 32 bytes of the query, and of its key weight if there is one."""
         column = self.lane.column + column
-        # As rows of output: see Shape.octet_tokens
-        if self.kernel.shape.octet_tokens > 1:
-            query = query % self.kernel.shape.octet_queries
+        if self.period is not None:
+            query = query % self.period
         inside = Boolean(query < self.config.num_queries)
         if self.kernel.ragged:
             inside = inside & (column < self.config.hidden_size)
