@@ -41,7 +41,6 @@ def kernel_for(
     rstd: bool,
     out: str,
     scaled_sources: bool,
-    stochastic: bool,
 ) -> tuple[Phase1Config, Any]:
     """The next launch's configuration, and the kernel compiled for it."""
     config = phase1_config(
@@ -55,7 +54,6 @@ def kernel_for(
         rstd=rstd,
         out=out,
         scaled_sources=scaled_sources,
-        stochastic=stochastic,
     )
     return config, build(config)
 
@@ -73,7 +71,6 @@ def phase1_fwd(
     *,
     source_scales: Sequence[torch.Tensor] | None = None,  # N of [T] fp32
     out_scale: torch.Tensor | None = None,  # [S, T] fp32
-    seed: int | None = None,
 ) -> None:
     """out, lse, logits = phase 1 of all queries; rstd_n = (mean(v_n^2) + eps)^(-1/2).
 
@@ -83,7 +80,7 @@ def phase1_fwd(
     Moves (N + S) T D elements, when one launch takes all queries (config_phase1). Deterministic.
     """
     num_queries, tokens, hidden_size = out.shape
-    if num_queries == 1 and out_scale is None and source_scales is None and seed is None:
+    if num_queries == 1 and out_scale is None and source_scales is None:
         # A direct mix, which the row kernel does at up to twice the speed (N = 1, D = 4096: .51 of copy bandwidth here).
         weight, row_logits = (None if tensor is None else tensor[0] for tensor in (key_weights, logits))
         mix_fwd(sources, queries[0], weight, None, eps, eps, scale, out[0], None, row_logits, rstd, lse[0], None)
@@ -109,7 +106,6 @@ def phase1_fwd(
             wanted_rstd is not None,
             out_format,
             source_scales is not None,
-            seed is not None,
         )
         outputs = Phase1Outputs(
             out=address_of(out, first),
@@ -117,8 +113,6 @@ def phase1_fwd(
             lse=address_of(lse, first),
             logits=address_of(logits, first),
             rstd=address(wanted_rstd),
-            seed=seed or 0,
-            first_row=first * tokens,
         )
         kernel(
             addresses,

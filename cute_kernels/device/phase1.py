@@ -74,7 +74,7 @@ from cute_kernels.device.mma import (
 )
 from cute_kernels.device.phase1_queries import K_STEP, TYPES, ChainedSum, Queries, load_queries
 from cute_kernels.device.pipelines import EVICT_FIRST, RowTable, producer_state
-from cute_kernels.device.rounding import PHASE_1_OUT, finite_magnitude, inverse, philox, scale_from, stochastic
+from cute_kernels.device.rounding import finite_magnitude, inverse, scale_from
 from cute_kernels.device.rows import add, exp_difference, log, reciprocal_root, tree
 
 ITEM = ITEM_BYTES
@@ -875,34 +875,19 @@ class Phase1Kernel:
 
     def mix_segment(self, lane: Lane, rows: list, operands: list, factors: list, segment: range, stage: Int32) -> None:
         """weights times rows for some blocks of columns, rounded, into the staging buffer."""
-        stage_row, item = self.shape.stage_row_bytes(self.tile), self.shape.stage_item_bytes
-        at = stage + lane.c * stage_row + lane.q * (2 * VECTOR * item)
+        stage_row = self.shape.stage_row_bytes(self.tile)
+        at = stage + lane.c * stage_row + lane.q * 32
         for block, sums in self.block_sums(rows, operands, segment):
             for k in range(2 * len(factors)):
                 octet, half = k // 2, k % 2
-                offset = octet * OCTET * stage_row + ((block - segment.start) * BLOCK + half * VECTOR) * item
-                factor, vector = factors[octet], [values[k] for values in sums]
-                if factor is not None:
-                    vector = [value * factor for value in vector]
-                if self.config.stochastic:
-                    store_shared(at, offset, vector[:4])
-                    store_shared(at, offset + 16, vector[4:])
-                else:
-                    store_shared(at, offset, self.pack(vector))
+                offset = octet * OCTET * stage_row + (block - segment.start) * BLOCK * ITEM + half * 16
+                store_shared(at, offset, self.round([values[k] for values in sums], factors[octet]))
 
-    def pack(self, values: list[Float32]) -> list[Pair]:
+    def round(self, values: list[Float32], factor: Float32 | None) -> list[Pair]:
         """As stored."""
+        if factor is not None:
+            values = [value * factor for value in values]
         return [pack(self.out_dtype, first, second) for first, second in zip(values[::2], values[1::2], strict=True)]
-
-    def staged(self, address: Int32, offset: int, outputs: Phase1Outputs, row: Int64, column: Int32) -> list[Pair]:
-        """A vector of a staged row, as stored. Rounded stochastically only here: beside the mix's accumulators, random bits were
-        too many registers.
-        """
-        if not self.config.stochastic:
-            return load_shared(Int32, address, offset, 4)
-        values = load_shared(Float32, address, offset, 4) + load_shared(Float32, address, offset + 16, 4)
-        words = philox(outputs.seed, column // VECTOR, Int32(outputs.first_row + row), PHASE_1_OUT)
-        return self.pack(stochastic(values, self.out_dtype, words))
 
     def store_rows(self, work, lane, outputs, item: Int32, both: list, segment: range, stage: Int32) -> None:
         """Staged rows to device memory, 16 bytes a lane, whole rows one after the other.
@@ -921,24 +906,21 @@ class Phase1Kernel:
             (lane_row, 0) if at_once <= per_token else (lane_row % per_token, lane_row // per_token)
         )
         column = lane.column + segment.start * BLOCK + lane_vector * VECTOR
-        first, tokens, vector_bytes = item * shape.tokens, Int64(work.tokens), VECTOR * shape.stage_item_bytes
+        first, tokens = item * shape.tokens, Int64(work.tokens)
         for half, (token, octet) in enumerate(both):
             count = shape.octet_tokens * per_token
             if shape.octet_tokens == 1:
                 count = min(count, shape.num_queries - octet * OCTET)
             row = lane_query * tokens + lane_token + (octet * OCTET * tokens + first + token)
             address = outputs.out + (row * shape.hidden_size + column) * ITEM
-            staged = stage + lane_row * shape.stage_row_bytes(self.tile) + lane_vector * vector_bytes
+            staged = stage + lane_row * shape.stage_row_bytes(self.tile) + lane_vector * 16
             places = [(r, v) for r in range(0, count, at_once) for v in range(0, vectors, width)]
-            size = 1 if self.config.stochastic else STORE_BATCH
-            for batch in range(0, len(places), size):
+            for batch in range(0, len(places), STORE_BATCH):
                 moved = []
-                for r, v in places[batch : batch + size]:
-                    offset = (half * OCTET + r) * shape.stage_row_bytes(self.tile) + v * vector_bytes
-                    further = r % per_token * tokens + r // per_token
-                    values = self.staged(staged, offset, outputs, row + further, column + v * VECTOR)
-                    moved.append((r, v, further, values))
-                for r, v, further, values in moved:
+                for r, v in places[batch : batch + STORE_BATCH]:
+                    offset = (half * OCTET + r) * shape.stage_row_bytes(self.tile) + v * 16
+                    moved.append((r, v, load_shared(Int32, staged, offset, 4)))
+                for r, v, values in moved:
                     conditions = []
                     if v + width > vectors:
                         conditions.append(lane_vector + v < vectors)
@@ -951,9 +933,10 @@ class Phase1Kernel:
                     if shape.tokens > 1:
                         conditions.append(first + token + lane_token + r // per_token < work.tokens)
                     present = functools.reduce(operator.and_, conditions) if conditions else None
+                    further = r % per_token * tokens + r // per_token
                     store_vector(address + further * (shape.hidden_size * ITEM), v * 16, values, present)
-                if self.config.stochastic or self.config.scaled_sources:
-                    # One batch after the other: together, random bits and addresses spilled.
+                if self.config.scaled_sources:
+                    # One batch after the other: together, addresses spilled.
                     cute.arch.sync_warp()
 
     def release(self, memory: Memory, lane: Lane, turn: Int32) -> None:

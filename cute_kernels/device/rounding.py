@@ -11,9 +11,7 @@ from cutlass import BFloat16, Float32, Int32, Int64, Numeric
 from cute_kernels.device.mma import ptx
 from cute_kernels.device.rows import select
 
-# streams
-PHASE_1_OUT = 0
-PARTIAL_SUM = 1
+PARTIAL_SUM = 1  # stream
 ROUNDS = 10
 INFINITE_BITS = 0x7F800000
 
