@@ -14,15 +14,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bench.providers import PROVIDERS
-from bench.results import Results, groups, is_decode, providers_of, share
+from bench.results import Results, beside, groups, is_decode, providers_of, share
 
 _COLOURS = {name: f"C{index}" for index, name in enumerate(PROVIDERS)}
 _MARKERS = dict(zip(PROVIDERS, "osD^v<>", strict=False))
 _COLUMNS = 3
 
 
-def write(results: Results, folder: Path) -> list[Path]:
-    """Writes what there are results for; returns the paths."""
+def write(results: Results, path: Path) -> list[Path]:
+    """Writes what there are results for beside these, at `path`; returns the paths."""
     device = results["metadata"]["device"]
     shared = {
         group: cases
@@ -32,9 +32,9 @@ def write(results: Results, folder: Path) -> list[Path]:
     decode = [case for group, cases in groups(results).items() if is_decode(group) for case in cases]
     written = []
     if shared:
-        written += _save(_shares(shared, f"Share of copy bandwidth, bf16, {device}"), folder / "shares")
+        written += _save(_shares(shared, f"Share of copy bandwidth, bf16, {device}"), beside(path, "shares"))
     if providers_of(decode):
-        written += _save(_decode(decode, f"Serving step in a CUDA graph, bf16, {device}"), folder / "decode")
+        written += _save(_decode(decode, f"Serving step in a CUDA graph, bf16, {device}"), beside(path, "decode"))
     return written
 
 

@@ -111,6 +111,11 @@ def path_in(folder: Path, device_name: str, kind: str = "bench") -> Path:
     return folder / f"{kind}_{slug}.json"
 
 
+def beside(path: Path, kind: str) -> Path:
+    """What belongs to the benchmarks at `path`, of the same device: its networks, report, plots."""
+    return path.with_name(path.name.replace("bench_", f"{kind}_"))
+
+
 def save(results: Results, path: Path) -> None:
     """Atomically, so that a run that is stopped leaves what it had."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -233,7 +233,7 @@ def _measure(suite: Suite, cases: list[Case], quick: bool) -> int:
     suite.save()
     results.print_tables(data, console)
     suite.path.with_suffix(".md").write_text(results.to_markdown(data))
-    written = [suite.path, suite.path.with_suffix(".md"), *plots.write(data, suite.path.parent)]
+    written = [suite.path, suite.path.with_suffix(".md"), *plots.write(data, suite.path)]
     console.print("wrote " + ", ".join(str(each) for each in written), markup=False, soft_wrap=True)
     ours = [found for case in data["cases"] for name, found in case["results"].items() if name.startswith("ours")]
     wrong = any(not found.get("within_budget", True) or "failed" in found.get("status", "") for found in ours)

@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 
 import attnres
+from attnres import report
 from bench import autotune, host, network, ops, plots, providers, readme, results, run, timing, warm
 from bench.ops import CASES, Case
 from bench.providers import PROVIDERS, Provider
@@ -262,13 +263,14 @@ def test_terminal_tables_name_what_is_missing() -> None:
 
 
 def test_plots(tmp_path: Path) -> None:
-    written = plots.write(fake(), tmp_path)
-    assert sorted(path.name for path in written) == ["decode.png", "decode.svg", "shares.png", "shares.svg"]
+    written = plots.write(fake(), tmp_path / "bench_h200.json")
+    names = ["decode_h200.png", "decode_h200.svg", "shares_h200.png", "shares_h200.svg"]
+    assert sorted(path.name for path in written) == names
     assert all(path.stat().st_size > 1000 for path in written)
 
 
 def test_plots_of_nothing(tmp_path: Path) -> None:
-    assert plots.write({**fake(), "cases": []}, tmp_path) == []
+    assert plots.write({**fake(), "cases": []}, tmp_path / "bench_h200.json") == []
 
 
 def test_save_and_path(tmp_path: Path) -> None:
@@ -285,13 +287,29 @@ def test_readme_keeps_what_is_outside_the_markers(tmp_path: Path) -> None:
     path = results.path_in(tmp_path / "bench" / "results", "NVIDIA H200")
     results.save(fake(), path)
     for _ in range(2):
-        assert readme.main(["--results", str(path), "--readme", str(target)]) == 0
+        assert readme.main(["--results", str(path.parent), "--readme", str(target)]) == 0
         text = target.read_text()
-        assert text.startswith(f"# a\n\n{readme.BEGIN}\n\nNVIDIA H200")
+        assert text.startswith(f"# a\n\n{readme.BEGIN}\n\n### NVIDIA H200")
         assert text.endswith(f"{readme.END}\n\n## z\n")
         assert "before" not in text
-        assert "(bench/results/shares.png)" in text
+        assert "(bench/results/shares_h200.png)" in text
+        assert (path.parent / "shares_h200.png").is_file()
         assert "4.00 TB/s" in text
+        assert "earlier sources" in text
+
+
+def test_readme_has_every_device_the_newest_first(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(f"{readme.BEGIN}{readme.END}")
+    for device, date in (("NVIDIA H200", "2026-11-24"), ("NVIDIA H100 80GB HBM3", "2026-11-28")):
+        found = fake()
+        found["metadata"] |= {"device": device, "date": date, "kernel sources": report.source_digest()}
+        results.save(found, results.path_in(tmp_path, device))
+    assert readme.main(["--results", str(tmp_path), "--readme", str(tmp_path / "README.md")]) == 0
+    text = (tmp_path / "README.md").read_text()
+    assert text.index("### NVIDIA H100 80GB HBM3") < text.index("### NVIDIA H200")
+    assert "these sources" in text
+    assert "earlier sources" not in text
+    assert "shares_h100-80gb-hbm3.png" in text
 
 
 @pytest.mark.parametrize(
@@ -303,7 +321,7 @@ def test_readme_without_its_markers(text: str) -> None:
 
 
 def test_readme_without_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert readme.main(["--results", str(tmp_path / "none.json")]) == 2
+    assert readme.main(["--results", str(tmp_path)]) == 2
     assert "make bench" in capsys.readouterr().err
 
 
@@ -388,12 +406,15 @@ def test_summary_against_the_fastest_peer() -> None:
     assert "liger" not in text
 
 
-def test_networks_in_the_readme() -> None:
+def test_networks_in_the_readme(tmp_path: Path) -> None:
     timed = {"us": 12400.0, "peak_gib": 4.0}
     case = {"name": "network forward T1", "results": {"ours-cute": timed, "liger": {"status": "failed: no"}}}
     networks = {"metadata": fake()["metadata"], "cases": [case]}
-    assert "| forward T1 | 12.40 (4.0) | failed |" in readme.section(fake(), networks, "results")
-    assert "Networks" not in readme.section(fake(), None, "results")
+    path = tmp_path / "bench_h200.json"
+    results.save(fake(), path)
+    assert "Networks" not in readme.section(path, "results")
+    results.save(networks, tmp_path / "network_h200.json")
+    assert "| forward T1 | 12.40 (4.0) | failed |" in readme.section(path, "results")
 
 
 @pytest.mark.gpu
