@@ -1,5 +1,7 @@
-"""`python -m bench.readme`: the results into README.md, between the markers <!-- results --> and <!-- /results -->, newest first; their
-plots, and that of storage formats from the accuracy report, beside them."""
+"""`python -m bench.readme`: the results into README.md, between the markers <!-- results --> and <!-- /results -->.
+
+The newest first, with their plots; and that of storage formats from the accuracy report beside them.
+"""
 
 from __future__ import annotations
 
