@@ -77,7 +77,6 @@ SMALL = [
         "direct backward, fp16 T8192 D7168 L9",
         "phase 1 forward, scaled fp16 T8192 D4096 N8 S16",
         "phase 1 forward, scaled fp16 sources T8192 D4096 N8 S16",
-        "phase 1 forward, stochastic rounding T16384 D2048 N4 S8",
         "phase 2 forward, scaled fp16 T16384 D2048",
         "phase 2 forward, delta and norm, scaled fp16 T16384 D2048",
         "phase 2 forward, delta and norm, stochastic rounding T16384 D2048",
