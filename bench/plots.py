@@ -16,6 +16,9 @@ from matplotlib.figure import Figure
 from bench.providers import PROVIDERS
 from bench.results import Results, beside, groups, is_decode, providers_of, share
 
+# the same figure is the same file
+plt.rcParams["svg.hashsalt"] = "attnres"
+
 _COLOURS = {name: f"C{index}" for index, name in enumerate(PROVIDERS)}
 _MARKERS = dict(zip(PROVIDERS, "osD^v<>", strict=False))
 _COLUMNS = 3
@@ -70,7 +73,7 @@ def _save(figure: Figure, stem: Path) -> list[Path]:
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = [stem.with_suffix(suffix) for suffix in (".png", ".svg")]
     for path in paths:
-        figure.savefig(path, dpi=130, bbox_inches="tight")
+        figure.savefig(path, dpi=130, bbox_inches="tight", metadata={"Date": None})
     plt.close(figure)
     return paths
 

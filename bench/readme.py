@@ -29,9 +29,11 @@ def between_markers(text: str, body: str) -> str:
     return f"{before}{BEGIN}\n\n{body.strip()}\n\n{END}{rest.split(END)[1]}"
 
 
-def section(path: Path, folder: str) -> str:
-    """One run: conditions, summary, plots and, folded, the headline tables; folder: of the results, relative to the README."""
-    results: Results = json.loads(path.read_text())
+def section(results: Results, path: Path, folder: str) -> str:
+    """One run: conditions, summary, plots and, folded, the headline tables.
+
+    path: of the results; folder: theirs, relative to the README.
+    """
     meta, networks = results["metadata"], beside(path, "network")
     copies = [case["copy"]["us"] for case in results["cases"] if "copy" in case]
     bandwidth = COPY_BYTES / (sum(copies) / len(copies)) / 1e6 if copies else 0.0
@@ -88,7 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     folder = os.path.relpath(options.results.resolve(), options.readme.parent.resolve())
     newest_first = sorted(found, key=lambda path: found[path]["metadata"]["date"], reverse=True)
-    body = "\n\n".join(section(path, folder) for path in newest_first)
+    body = "\n\n".join(section(found[path], path, folder) for path in newest_first)
     options.readme.write_text(between_markers(options.readme.read_text(), body))
     for path, results in found.items():
         plots.write(results, path)

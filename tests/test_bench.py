@@ -266,6 +266,8 @@ def test_plots(tmp_path: Path) -> None:
     names = ["decode_h200.png", "decode_h200.svg", "shares_h200.png", "shares_h200.svg"]
     assert sorted(path.name for path in written) == names
     assert all(path.stat().st_size > 1000 for path in written)
+    before = [path.read_bytes() for path in written]
+    assert [path.read_bytes() for path in plots.write(fake(), tmp_path / "bench_h200.json")] == before
 
 
 def test_plots_of_nothing(tmp_path: Path) -> None:
@@ -410,10 +412,9 @@ def test_networks_in_the_readme(tmp_path: Path) -> None:
     case = {"name": "network forward T1", "results": {"ours-cute": timed, "liger": {"status": "failed: no"}}}
     networks = {"metadata": fake()["metadata"], "cases": [case]}
     path = tmp_path / "bench_h200.json"
-    results.save(fake(), path)
-    assert "Networks" not in readme.section(path, "results")
+    assert "Networks" not in readme.section(fake(), path, "results")
     results.save(networks, tmp_path / "network_h200.json")
-    assert "| forward T1 | 12.40 (4.0) | failed |" in readme.section(path, "results")
+    assert "| forward T1 | 12.40 (4.0) | failed |" in readme.section(fake(), path, "results")
 
 
 @pytest.mark.gpu
