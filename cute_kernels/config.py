@@ -24,7 +24,7 @@ STORAGE = ("mixed storage dtypes", "float32 results of 16-bit storage", "scaled 
 FEATURES = {
     "mix_fwd": (*STORAGE, "sources of scaled fp16"),
     "mix_bwd": ("mixed storage dtypes", "scaled fp16", "sources of scaled fp16"),
-    "phase1_fwd": ("mixed storage dtypes", "scaled fp16", "sources of scaled fp16"),
+    "phase1_fwd": ("mixed storage dtypes", "scaled fp16", "sources of scaled fp16", "stochastic rounding"),
     "phase1_bwd": ("mixed storage dtypes", "scaled fp16", "sources of scaled fp16"),
     "phase2_fwd": (*STORAGE, "stochastic rounding"),
     "phase2_bwd": ("mixed storage dtypes", "scaled fp16"),

@@ -62,6 +62,9 @@ class Phase1Outputs(NamedTuple):
     lse: Any  # [S, T] fp32
     logits: Any  # [S, N, T] fp32
     rstd: Any  # [N, T] fp32
+    # Of out's rounding, themselves: the seed, and how many rows of it are other launches'
+    seed: Any
+    first_row: Any
 
 
 @dataclass(frozen=True)
@@ -99,13 +102,21 @@ class Phase1Config:
     rstd: bool
     out: str  # "bf16", "fp16" or "fp16_scaled"
     scaled_sources: bool
+    stochastic: bool  # out is rounded stochastically
     tile: Phase1Tile
 
     @property
     def shape(self) -> Shape:
         terms = query_terms(self.dtype, self.query, self.key_weight, scaled=True)
         sizes = (self.hidden_size, self.num_sources, self.num_queries, terms)
-        return Shape(*sizes, self.out == "fp16_scaled", self.scaled_sources)
+        return Shape(*sizes, self.out == "fp16_scaled", self.scaled_sources, self.stochastic)
+
+    @property
+    def weight_terms(self) -> int:
+        """How many numbers of the storage dtype add up to a weight. Two bf16 terms have 16 bits: too few for a result to be
+        always rounded to a neighbour of the exact one (on an H200, a few elements in 100 000 were not).
+        """
+        return 3 if self.stochastic and self.dtype == "bf16" else 2
 
     @property
     def threads(self) -> int:
@@ -134,6 +145,7 @@ class Shape:
     terms: int  # of a query: see query_terms
     scaled_out: bool
     scaled_sources: bool
+    stochastic: bool
 
     @property
     def octets(self) -> int:
@@ -227,7 +239,12 @@ class Shape:
         return (ragged and tile.slabs > 1) or not self.even_slots
 
     def stage_row_bytes(self, tile: Phase1Tile) -> int:
-        return tile.segment * BLOCK * ITEM_BYTES + 16
+        return tile.segment * BLOCK * self.stage_item_bytes + 16
+
+    @property
+    def stage_item_bytes(self) -> int:
+        """Staged in fp32 where random bits round what leaves the staging buffer."""
+        return 4 if self.stochastic else ITEM_BYTES
 
     def stage_bytes(self, tile: Phase1Tile) -> int:
         """One warp's staging buffer: the two octets of rows that an mma makes."""
@@ -289,6 +306,7 @@ def phase1_config(
     rstd: bool = False,
     out: str | None = None,
     scaled_sources: bool = False,
+    stochastic: bool = False,
 ) -> Phase1Config:
     """The configuration of one launch. It may take fewer queries than asked for: the launcher then runs it in turn on
     each part.
@@ -300,12 +318,12 @@ def phase1_config(
     parts = [min(ceil_div(ceil_div(num_queries, n), OCTET) * OCTET, num_queries) for n in (1, 2, 4)]
     parts[0] = num_queries
     for queries, clusters in [*((part, (1, 2, 4)) for part in parts), *((part, (8,)) for part in parts)]:
-        shape = Shape(hidden_size, num_sources, queries, terms, out == "fp16_scaled", scaled_sources)
+        shape = Shape(hidden_size, num_sources, queries, terms, out == "fp16_scaled", scaled_sources, stochastic)
         tiles = [tile for tile in (_tile(shape, cluster) for cluster in clusters) if tile]
         if tiles:
             # The smallest cluster, unless a larger one has a much better ring and stores.
             tile = min(tiles, key=lambda t: shortfall(shape, t) + tiles.index(t))
-            options = (logits, rstd, out, scaled_sources)
+            options = (logits, rstd, out, scaled_sources, stochastic)
             return Phase1Config(dtype, query, key_weight, hidden_size, num_sources, queries, *options, tile)
     raise ValueError(f"no tile for hidden size {hidden_size}, {num_sources} sources, {num_queries} queries")
 
@@ -317,7 +335,7 @@ def shortfall(shape: Shape, tile: Phase1Tile) -> int:
     two and a half and 512 bytes 0.816, two and 512 bytes 0.798, three and 128 bytes 0.780; at D = 4096, N = 12, S = 16:
     two tokens 0.630.
     """
-    run = min(RUN_BYTES // (BLOCK * ITEM_BYTES), tile.blocks)
+    run = min(RUN_BYTES // (BLOCK * shape.stage_item_bytes), tile.blocks)
     two = tile.slots < 2.5 * shape.slots_per_item(tile)
     return 2 * two + (tile.segment < run) + 2 * (tile.segment < min(run, 2))
 
@@ -349,10 +367,11 @@ def _tile(shape: Shape, cluster: int) -> Phase1Tile | None:
 
 def _ring(shape: Shape, cluster: int, warps: int, blocks: int) -> Phase1Tile | None:
     """The best ring, stores and exchange for these warps, or None when queries or rows do not fit."""
-    queries, weights = shape.operand_octets * blocks * BLOCK // 8, 2 * shape.octets * shape.groups
+    queries = shape.operand_octets * blocks * BLOCK // 8
+    weights = (2 + shape.stochastic) * shape.octets * shape.groups
     if queries > QUERY_REGISTERS or queries + weights > QUERY_REGISTERS + WEIGHT_REGISTERS:
         return None
-    run = min(RUN_BYTES // (BLOCK * ITEM_BYTES), blocks)
+    run = min(RUN_BYTES // (BLOCK * shape.stage_item_bytes), blocks)
     halves = 2 if warps % 2 == 0 else 1
     # Two tokens are the least that a ring holds: logits of one are made before the mix of the last. A ring of half rows
     # (two slabs) can hold two and a half.
@@ -440,6 +459,9 @@ def phase1_configs() -> Iterator[tuple[str, Callable[[Any], Any], Phase1Config]]
     given |= {"dtype": "fp16", "scaled_sources": True}
     yield "phase1_fwd", build, config(4096, 16, 32, **given)
     yield "phase1_fwd", build, config(2312, 1, 16, key_weight="fp32", **given)
+    for shape in ((2048, 4, 8), (4096, 8, 16), (7168, 8, 16), (7168, 8, 24)):
+        yield "phase1_fwd", build, config(*shape, stochastic=True)
+    yield "phase1_fwd", build, config(2304, 9, 12, **given, stochastic=True)
     # Tokens that share an octet of output rows
     yield "phase1_fwd", build, config(4096, 1, 2)
     yield "phase1_fwd", build, config(4096, 3, 2, key_weight="fp32", logits=True, rstd=True)

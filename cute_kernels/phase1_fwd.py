@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from cute_kernels.clusters import cluster_count
 from cute_kernels.compile import cached_kernel, compile_kernel
 from cute_kernels.config import ALIGNMENT, DTYPES, PARAMETER_DTYPES
 from cute_kernels.config_phase1 import Phase1Config, Phase1Outputs, phase1_config
-from cute_kernels.mix_fwd import address, current_stream, dtype_of, mix_fwd, sm_count
+from cute_kernels.mix_fwd import address, current_stream, dtype_of, mix_fwd
 
 
 @cached_kernel
@@ -41,6 +42,7 @@ def kernel_for(
     rstd: bool,
     out: str,
     scaled_sources: bool,
+    stochastic: bool,
 ) -> tuple[Phase1Config, Any]:
     """The next launch's configuration, and the kernel compiled for it."""
     config = phase1_config(
@@ -54,6 +56,7 @@ def kernel_for(
         rstd=rstd,
         out=out,
         scaled_sources=scaled_sources,
+        stochastic=stochastic,
     )
     return config, build(config)
 
@@ -71,19 +74,21 @@ def phase1_fwd(
     *,
     source_scales: Sequence[torch.Tensor] | None = None,  # N of [T] fp32
     out_scale: torch.Tensor | None = None,  # [S, T] fp32
+    seed: int | None = None,
 ) -> None:
     """out, lse, logits = phase 1 of all queries; rstd_n = (mean(v_n^2) + eps)^(-1/2).
 
-    Sources and out are both bf16 or both fp16. With scales, a powers of two for each row, either is fp16 beside any
-    of the other's dtypes; those of out are chosen here. Queries and key weights are bf16, fp16 or fp32; rows of sources
-    start at multiples of 16 bytes.
+    Sources and out are both bf16 or both fp16. With scales, a power of two for each row, either is fp16 beside any of the
+    other's dtypes; those of out are chosen here. With a seed, out is rounded stochastically. Queries and key weights are
+    bf16, fp16 or fp32; rows of sources start at multiples of 16 bytes.
     Moves (N + S) T D elements, when one launch takes all queries (config_phase1). Deterministic.
     """
     num_queries, tokens, hidden_size = out.shape
-    if num_queries == 1 and out_scale is None and source_scales is None:
+    if num_queries == 1 and out_scale is None and seed is None:
         # A direct mix, which the row kernel does at up to twice the speed (N = 1, D = 4096: .51 of copy bandwidth here).
         weight, row_logits = (None if tensor is None else tensor[0] for tensor in (key_weights, logits))
-        mix_fwd(sources, queries[0], weight, None, eps, eps, scale, out[0], None, row_logits, rstd, lse[0], None)
+        given = (sources, queries[0], weight, None, eps, eps, scale)
+        mix_fwd(*given, out[0], None, row_logits, rstd, lse[0], None, source_scales=source_scales)
         return
     queries, key_weights = aligned(queries), None if key_weights is None else aligned(key_weights)
     stream = current_stream(out.device)
@@ -106,6 +111,7 @@ def phase1_fwd(
             wanted_rstd is not None,
             out_format,
             source_scales is not None,
+            seed is not None,
         )
         outputs = Phase1Outputs(
             out=address_of(out, first),
@@ -113,6 +119,8 @@ def phase1_fwd(
             lse=address_of(lse, first),
             logits=address_of(logits, first),
             rstd=address(wanted_rstd),
+            seed=seed or 0,
+            first_row=first * tokens,
         )
         kernel(
             addresses,
@@ -126,7 +134,7 @@ def phase1_fwd(
             tokens,
             eps,
             scale,
-            grid(config, tokens, sm_count(out.device)),
+            grid(config, tokens, out.device),
             stream,
         )
         first += config.num_queries
@@ -160,9 +168,8 @@ def aligned(parameter: torch.Tensor) -> torch.Tensor:
     return parameter.clone(memory_format=torch.contiguous_format)
 
 
-def grid(config: Phase1Config, tokens: int, sms: int) -> int:
-    """As many CTAs as run at once, or as there are items for. Clusters of 4 and 8 do not fill every GPC's SMs."""
+def grid(config: Phase1Config, tokens: int, device: torch.device) -> int:
+    """As many CTAs as run at once, or as there are items for."""
     cluster = config.tile.cluster
-    clusters = {1: sms, 2: sms // 2, 4: sms * 10 // 11 // 4, 8: sms * 7 // 8 // 8}[cluster]
     items = -(-tokens // config.shape.tokens)
-    return min(items, max(clusters, 1)) * cluster
+    return min(items, cluster_count(cluster, config.threads, config.shared_bytes, device)) * cluster

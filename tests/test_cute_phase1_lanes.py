@@ -16,14 +16,14 @@ import cutlass
 import cutlass.cute as cute
 from test_cute_phase1_bwd_lanes import F32, I32, LANES, Machine, Pointer
 
-from attnres import oracle
+from attnres import oracle, rounding
 from attnres.scaled import ScaledTensor
 from cute_kernels.config_phase1 import Phase1Config, Phase1Outputs, phase1_config
 from cute_kernels.device import phase1, phase1_queries
 
 HALF = {phase1_queries.BFloat16: False, phase1_queries.Float16: True}
 STORAGE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp16_scaled": torch.float16}
-EPS, SCALE = 1e-6, 0.7
+EPS, SCALE, SEED = 1e-6, 0.7, 2**40 + 5
 
 
 class ForwardMachine(Machine):
@@ -37,8 +37,8 @@ class ForwardMachine(Machine):
         self.half = HALF[dtype] if dtype else self.half
         return super().unpack(dtype, pair)
 
-    def split_pack(self, dtype, first, second):
-        return [term[0] for term in self.split_vector(dtype, [first, second], 2)]
+    def split_pair(self, dtype, first, second, terms):
+        return [term[0] for term in self.split_vector(dtype, [first, second], terms)]
 
     def mma(self, dtype, a, b, c):
         self.half = HALF[dtype]
@@ -116,11 +116,27 @@ def inverse(scale):
     return (np.int32(254 << 23) - np.asarray(scale, np.float32).view(np.int32)).astype(np.int32).view(np.float32)
 
 
+def philox(seed, eight, row, stream):
+    counter = (
+        torch.from_numpy(np.array(np.broadcast_arrays(value, eight * 0 + row * 0)[0]))
+        for value in (eight, row, 0, stream)
+    )
+    return [word.numpy() for word in rounding.philox(int(seed), tuple(counter))]
+
+
+def stochastic(values, dtype, words):
+    assert dtype is phase1_queries.BFloat16
+    halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
+    bits = [np.ascontiguousarray(value).view(np.uint32) for value in values]
+    rounded = [(b & 0x7FFFFFFF) + h & 0xFFFF0000 | b & 0x80000000 for b, h in zip(bits, halves, strict=True)]
+    return [value.astype(np.uint32).view(np.float32) for value in rounded]
+
+
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch):
     def make(config: Phase1Config) -> ForwardMachine:
         machine = ForwardMachine(config)
-        names = "ldmatrix pack unpack split_vector split_pack mma zip_pairs larger_magnitudes load_shared store_shared "
+        names = "ldmatrix pack unpack split_vector split_pair mma mma_k8 zip_pairs larger_magnitudes load_shared store_shared "
         names += "store_cluster load_vector store_scalar store_vector copy_scalar"
         replaced = {name: getattr(machine, name) for name in names.split()}
         functions = {
@@ -133,6 +149,8 @@ def machine(monkeypatch: pytest.MonkeyPatch):
             "power_of_two_scale": power_of_two_scale,
             "scale_from": scale_from,
             "inverse": inverse,
+            "philox": philox,
+            "stochastic": stochastic,
             "finite_magnitude": lambda x: np.where(np.isfinite(x), np.abs(x), np.float32(0)),
             "reciprocal_root": lambda x: (1 / np.sqrt(x)).astype(np.float32),
             "exp_difference": lambda a, b: np.exp(a - b),
@@ -144,8 +162,9 @@ def machine(monkeypatch: pytest.MonkeyPatch):
                     monkeypatch.setattr(module, name, value)
         monkeypatch.setattr(F32, "width", 32, raising=False)
         monkeypatch.setitem(phase1_queries.TYPES, "fp32", F32)
-        # A loop in the kernel
+        # Loops in the kernel
         monkeypatch.setattr(phase1_queries.QueryReader, "peak", peak)
+        monkeypatch.setattr(phase1.Phase1Kernel, "draw", draw)
         monkeypatch.setattr(phase1.Phase1Kernel, "announce_totals", lambda *_: None)
         monkeypatch.setattr(cutlass, "min", np.minimum)
         nothing = "sync_warp mbarrier_wait mbarrier_arrive cp_async_wait_group cp_async_commit_group"
@@ -179,6 +198,11 @@ def peak(reader, octet):
     return found.astype(np.float32)
 
 
+def draw(kernel, work, lane, outputs, item, both, segment, stage):
+    for i in range(0, len(both) * len(segment) * 64, 32):
+        kernel.draw_vector(work, lane, outputs, item, both, segment, stage, lane.lane + I32(i))
+
+
 def run(machine: ForwardMachine, config: Phase1Config, sources, queries, key_weights, tokens: int):
     """(out, scale of out, lse) of a cluster's walk over all items."""
     tile, shape = config.tile, config.shape
@@ -201,6 +225,8 @@ def run(machine: ForwardMachine, config: Phase1Config, sources, queries, key_wei
             for name, t in (("out", nothing), ("out_scale", lse), ("lse", lse), ("logits", logits))
         },
         rstd=I32(machine.store(rstd)),
+        seed=SEED,
+        first_row=0,
     )
     work = phase1.Queue(
         np.arange(tile.cluster)[:, None, None], I32(0), I32(1), I32(-(-tokens // shape.tokens)), I32(tokens)
@@ -302,3 +328,39 @@ def test_mixes_of_a_few_tokens(
         effective = query.double() if weight is None else query.double() * weight.double()
         wanted = SCALE * torch.einsum("sd,ntd->snt", effective, represented) * rstd.double()
         torch.testing.assert_close(logits.double(), wanted, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(("size", "queries"), [(72, 2), (384, 3), (512, 16)])
+def test_out_is_rounded_stochastically(machine, size: int, queries: int):
+    """A block twice: the mix is the block, exactly, so that its bits are those of the definition."""
+    block = ScaledTensor.from_tensor(torch.randn(5, size, generator=torch.Generator().manual_seed(1)))
+    sizes = {"hidden_size": size, "num_sources": 2, "num_queries": queries}
+    config = phase1_config(
+        **sizes,
+        dtype="fp16",
+        query="bf16",
+        key_weight=None,
+        rstd=True,
+        logits=True,
+        out="bf16",
+        scaled_sources=True,
+        stochastic=True,
+    )
+    query = torch.randn(queries, size, generator=torch.Generator().manual_seed(2)).bfloat16()
+    found, *_ = run(machine(config), config, [block, block], query, None, 5)
+    rows = block.to(torch.float32).expand(queries, -1, -1).reshape(-1, size)
+    assert torch.equal(found.view(-1, size), rounding.stochastic(rows, torch.bfloat16, SEED, rounding.PHASE_1_OUT))
+
+
+def test_weights_of_stochastic_rounding_have_24_bits(machine):
+    """With weights of 16 bits, 182 elements are drawn otherwise than the exact result."""
+    generator = torch.Generator().manual_seed(3)
+    blocks = [torch.randn(9, 512, generator=generator).bfloat16() for _ in range(8)]
+    query = torch.randn(16, 512, generator=generator).mul(0.02).bfloat16()
+    config = phase1_config(
+        dtype="bf16", query="bf16", key_weight=None, hidden_size=512, num_sources=8, num_queries=16, stochastic=True
+    )
+    found, *_ = run(machine(config), config, blocks, query, None, 9)
+    exact, _ = oracle.phase1(blocks, query, EPS, scale=SCALE)
+    drawn = rounding.stochastic(exact.float().view(-1, 512), torch.bfloat16, SEED, rounding.PHASE_1_OUT)
+    assert (found.view(-1, 512) != drawn).sum() <= 4

@@ -168,7 +168,7 @@ def test_phase_1_backward_gives_the_same_bits_again_and_again(size: int, depth: 
 
 
 def test_most_of_the_device_holds_clusters() -> None:
-    from cute_kernels.phase1_bwd import cluster_count
+    from cute_kernels.clusters import cluster_count
 
     device = torch.device("cuda", torch.cuda.current_device())
     sms = torch.cuda.get_device_properties(device).multi_processor_count

@@ -7,7 +7,7 @@ from cutlass import Int32
 
 
 class Work(NamedTuple):
-    """Which items this cluster takes, and this CTA's part of them."""
+    """Which tokens this cluster takes, and this CTA's part of them."""
 
     rank: Int32  # of the CTA in its cluster
     first: Int32
@@ -19,14 +19,10 @@ class Work(NamedTuple):
         return self.first + turn * self.step
 
 
-def cluster_work(cluster: int, tokens: Int32, tokens_per_item: int = 1) -> Work:
+def cluster_work(cluster: int, tokens: Int32) -> Work:
     """By each role for itself: kept across the roles' branch, its numbers were spilled for want of producer registers."""
-    block, _, _ = cute.arch.block_idx()
-    blocks, _, _ = cute.arch.grid_dim()
-    rank = cute.arch.block_idx_in_cluster() if cluster > 1 else Int32(0)
-    items = (tokens + (tokens_per_item - 1)) // tokens_per_item
-    first, step = block // cluster, blocks // cluster
-    return Work(rank, first, step, (items - first + step - 1) // step, tokens)
+    rank, first, step = cluster_place(cluster)
+    return Work(rank, first, step, (tokens - first + step - 1) // step, tokens)
 
 
 class Queue(NamedTuple):
@@ -41,11 +37,15 @@ class Queue(NamedTuple):
 
 def cluster_queue(cluster: int, tokens: Int32, tokens_per_item: int) -> Queue:
     """By each role for itself, as cluster_work."""
+    rank, first, clusters = cluster_place(cluster)
+    return Queue(rank, first, clusters, (tokens + (tokens_per_item - 1)) // tokens_per_item, tokens)
+
+
+def cluster_place(cluster: int) -> tuple[Int32, Int32, Int32]:
+    """(this CTA's rank in its cluster, the cluster's number, how many clusters there are)."""
     block, _, _ = cute.arch.block_idx()
     blocks, _, _ = cute.arch.grid_dim()
-    rank = cute.arch.block_idx_in_cluster() if cluster > 1 else Int32(0)
-    items = (tokens + (tokens_per_item - 1)) // tokens_per_item
-    return Queue(rank, block // cluster, blocks // cluster, items, tokens)
+    return cute.arch.block_idx_in_cluster() if cluster > 1 else Int32(0), block // cluster, blocks // cluster
 
 
 def sync_cluster(cluster: int) -> None:

@@ -126,23 +126,20 @@ def larger_magnitudes(dtype: type[Numeric], first: Pair, second: Pair) -> Pair:
     return ptx(f"max.xorsign.abs.{_PTX_TYPE[dtype]}x2 $0,$1,$2;", [Int32], [first, second], effects=False)[0]
 
 
-def split_pack(dtype: type[Numeric], first: Float32, second: Float32) -> tuple[Pair, Pair]:
-    """(high, low): two pairs whose sum has twice the mantissa of one."""
-    high = pack(dtype, first, second)
-    high_first, high_second = unpack(dtype, high)
-    return high, pack(dtype, first - high_first, second - high_second)
+def split_pair(dtype: type[Numeric], first: Float32, second: Float32, terms: int) -> list[Pair]:
+    """Pairs that add up to two numbers, each with the mantissa that those before it leave."""
+    split = [pack(dtype, first, second)]
+    for _ in range(terms - 1):
+        high_first, high_second = unpack(dtype, split[-1])
+        first, second = first - high_first, second - high_second
+        split.append(pack(dtype, first, second))
+    return split
 
 
 def split_vector(dtype: type[Numeric], values: list[Float32], terms: int) -> list[list[Pair]]:
-    """Numbers as 2 or 3 terms of the dtype, each as pairs."""
-    split: list[list[Pair]] = [[] for _ in range(terms)]
-    for first, second in zip(values[::2], values[1::2], strict=True):
-        for term in split[:-1]:
-            term.append(pack(dtype, first, second))
-            high_first, high_second = unpack(dtype, term[-1])
-            first, second = first - high_first, second - high_second
-        split[-1].append(pack(dtype, first, second))
-    return split
+    """Numbers as terms of the dtype, each as pairs."""
+    split = [split_pair(dtype, *pair, terms) for pair in zip(values[::2], values[1::2], strict=True)]
+    return [list(term) for term in zip(*split, strict=True)]
 
 
 def power_of_two_scale(peak: Float32) -> tuple[Float32, Float32]:

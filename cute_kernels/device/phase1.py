@@ -60,11 +60,12 @@ from cute_kernels.device.mma import (
     ldmatrix,
     load_shared,
     mma,
+    mma_k8,
     opaque,
     pack,
     power_of_two_scale,
     select,
-    split_pack,
+    split_pair,
     store_cluster,
     store_scalar,
     store_shared,
@@ -74,7 +75,7 @@ from cute_kernels.device.mma import (
 )
 from cute_kernels.device.phase1_queries import K_STEP, TYPES, ChainedSum, Queries, load_queries
 from cute_kernels.device.pipelines import EVICT_FIRST, RowTable, producer_state
-from cute_kernels.device.rounding import finite_magnitude, inverse, scale_from
+from cute_kernels.device.rounding import PHASE_1_OUT, finite_magnitude, inverse, philox, scale_from, stochastic
 from cute_kernels.device.rows import add, exp_difference, log, reciprocal_root, tree
 
 ITEM = ITEM_BYTES
@@ -144,8 +145,8 @@ class Weights(NamedTuple):
     token, the *unit*, so that the largest one fills fp16. The mixes are then in this unit.
     """
 
-    # mma operands [octet of queries][group] (high, low)
-    operands: list[list[tuple[Pair, Pair]]]
+    # terms of mma operands [octet of queries][group]: high and low; where out is rounded stochastically, bf16 has a third
+    operands: list[list[list[Pair]]]
     # what makes results of mixes [octet of queries][2], of the tokens of columns 2q and 2q + 1: units over scales of out
     factors: list[list[Float32]]
 
@@ -449,8 +450,7 @@ class Phase1Kernel:
             token = cutlass.min(token + row % OCTET // shape.rows_per_token, work.tokens - 1)
             row = row % shape.rows_per_token
         source = cutlass.min(row, shape.num_sources - 1)
-        entries = memory.table.s_entries
-        copy_scalar(self.scales(memory, lane, turn) + lane.lane * 4, entries[0, source] + token * entries[1, source])
+        copy_scalar(self.scales(memory, lane, turn) + lane.lane * 4, memory.table.start(source, token))
 
     def scales(self, memory: Memory, lane: Lane, turn: Int32) -> Int32:
         """This warp's buffer for an item."""
@@ -654,7 +654,7 @@ class Phase1Kernel:
                 products = self.total(totals + lane.lane * 8, at[group] + octet * 256)
                 logits.append([scale * (key * product) for key, product in zip(keys[group], products, strict=True)])
             r_weights, r_lse, units = self.normalise(lane, logits, scales)
-            operands.append([split_pack(self.dtype, *pair) for pair in r_weights])
+            operands.append([split_pair(self.dtype, *pair, self.config.weight_terms) for pair in r_weights])
             out_scales = []
             if shape.scaled_out:
                 found = [[w * p for w, p in zip(*pairs, strict=True)] for pairs in zip(r_weights, peaks, strict=True)]
@@ -790,12 +790,14 @@ class Phase1Kernel:
         rows = self.item_rows(memory, lane, turn)
         stage = memory.stage + lane.warp * shape.stage_bytes(tile)
         for both in self.output_pairs():
-            operands = [self.weight_operand(lane, weights.operands, both, group) for group in range(shape.groups)]
+            operands = [self.weight_terms(lane, weights.operands, both, group) for group in range(shape.groups)]
             factors = self.row_factors(lane, weights.factors, both)
             for first in range(0, tile.blocks, tile.segment):
                 segment = range(first, min(first + tile.segment, tile.blocks))
                 self.mix_segment(lane, rows, operands, factors, segment, stage)
                 cute.arch.sync_warp()
+                if self.config.stochastic:
+                    self.draw(work, lane, outputs, item, both, segment, stage)
                 self.store_rows(work, lane, outputs, item, both, segment, stage)
                 cute.arch.sync_warp()
 
@@ -824,16 +826,16 @@ class Phase1Kernel:
             found.append(select(column % 2 == 0, even, odd))
         return found
 
-    def weight_operand(self, lane: Lane, weights: list, both: list, group: int) -> tuple[Octet, Octet | None]:
-        """Operand A of a mix: K 0 to 7 the high parts, K 8 to 15 the low parts of the weights of the group's rows."""
-        operand: list[Octet | None] = []
+    def weight_terms(self, lane: Lane, weights: list, both: list, group: int) -> list[list[Pair]]:
+        """Of one or two octets of output rows, for the group's rows."""
+        found = []
         for token, octet in both:
-            high, low = weights[octet][group]
+            terms = weights[octet][group]
             if self.shape.tokens > 1:
                 mask = self.token_mask(lane, lane.c // self.shape.octet_queries + token)
-                high, low = high & mask, low & mask
-            operand.append((high, low))
-        return operand[0], operand[1] if len(operand) > 1 else None
+                terms = [term & mask for term in terms]
+            found.append(terms)
+        return found
 
     def token_mask(self, lane: Lane, token: Int32) -> Int32:
         """Keeps those of a lane's two columns that are rows of the item's token."""
@@ -866,28 +868,63 @@ class Phase1Kernel:
                 sums = [None] * 8
             for e in range(8):
                 source = zip_pairs(even[e // 2], odd[e // 2], e % 2)
-                sums[e] = mma(self.dtype, operands[group], (source, source), sums[e])
+                sums[e] = self.weighted(operands[group], source, sums[e])
             if group == shape.groups - 1:
                 yield block, sums
             # Keeps the compiler from hoisting every block's loads and products, which spilled
             # (measured on an H200: 0.779 -> 0.814 of copy bandwidth).
             cute.arch.sync_warp()
 
+    def weighted(self, octets: list[list[Pair]], rows: Pair, total: list[Float32] | None) -> list[Float32]:
+        """Adds weights times rows: K 0 to 7 of an mma are the high terms, K 8 to 15 the low ones."""
+        (high, low, *third), other = octets[0], octets[1] if len(octets) > 1 else None
+        total = mma(self.dtype, ((high, low), None if other is None else (other[0], other[1])), (rows, rows), total)
+        if third:
+            total = mma_k8(self.dtype, (third[0], Int32(0) if other is None else other[2]), rows, total)
+        return total
+
     def mix_segment(self, lane: Lane, rows: list, operands: list, factors: list, segment: range, stage: Int32) -> None:
         """weights times rows for some blocks of columns, rounded, into the staging buffer."""
-        stage_row = self.shape.stage_row_bytes(self.tile)
-        at = stage + lane.c * stage_row + lane.q * 32
+        stage_row, item = self.shape.stage_row_bytes(self.tile), self.shape.stage_item_bytes
+        at = stage + lane.c * stage_row + lane.q * (2 * VECTOR * item)
         for block, sums in self.block_sums(rows, operands, segment):
             for k in range(2 * len(factors)):
                 octet, half = k // 2, k % 2
-                offset = octet * OCTET * stage_row + (block - segment.start) * BLOCK * ITEM + half * 16
-                store_shared(at, offset, self.round([values[k] for values in sums], factors[octet]))
+                offset = octet * OCTET * stage_row + ((block - segment.start) * BLOCK + half * VECTOR) * item
+                factor, vector = factors[octet], [values[k] for values in sums]
+                if factor is not None:
+                    vector = [value * factor for value in vector]
+                if self.config.stochastic:
+                    store_shared(at, offset, vector[:4])
+                    store_shared(at, offset + 16, vector[4:])
+                else:
+                    store_shared(at, offset, self.pack(vector))
 
-    def round(self, values: list[Float32], factor: Float32 | None) -> list[Pair]:
+    def pack(self, values: list[Float32]) -> list[Pair]:
         """As stored."""
-        if factor is not None:
-            values = [value * factor for value in values]
         return [pack(self.out_dtype, first, second) for first, second in zip(values[::2], values[1::2], strict=True)]
+
+    @cute.jit
+    def draw(self, work, lane, outputs, item: Int32, both: list, segment: cutlass.Constexpr[range], stage: Int32):
+        """Staged rows rounded stochastically: a loop, since random bits unrolled were too many registers."""
+        vectors = len(both) * OCTET * len(segment) * BLOCK // VECTOR
+        for i in cutlass.range(lane.lane, vectors, LANES, unroll=1):
+            self.draw_vector(work, lane, outputs, item, both, segment, stage, i)
+        cute.arch.sync_warp()
+
+    def draw_vector(self, work, lane, outputs, item: Int32, both: list, segment: range, stage: Int32, i: Int32) -> None:
+        """One of the staged rows' vectors, to the first half of its place."""
+        shape = self.shape
+        vectors = len(segment) * BLOCK // VECTOR
+        row, vector = i // vectors, i % vectors
+        token, octet = (select(row < OCTET, Int32(a), Int32(b)) for a, b in zip(both[0], both[-1], strict=True))
+        query = octet * OCTET + row % OCTET % shape.octet_queries
+        token = item * shape.tokens + token + row % OCTET // shape.octet_queries
+        eight = (lane.column + segment.start * BLOCK) // VECTOR + vector
+        words = philox(outputs.seed, eight, Int32(outputs.first_row) + query * work.tokens + token, PHASE_1_OUT)
+        address = stage + row * shape.stage_row_bytes(self.tile) + vector * (VECTOR * 4)
+        values = load_shared(Float32, address, 0, 4) + load_shared(Float32, address, 16, 4)
+        store_shared(address, 0, self.pack(stochastic(values, self.out_dtype, words)))
 
     def store_rows(self, work, lane, outputs, item: Int32, both: list, segment: range, stage: Int32) -> None:
         """Staged rows to device memory, 16 bytes a lane, whole rows one after the other.
@@ -906,19 +943,19 @@ class Phase1Kernel:
             (lane_row, 0) if at_once <= per_token else (lane_row % per_token, lane_row // per_token)
         )
         column = lane.column + segment.start * BLOCK + lane_vector * VECTOR
-        first, tokens = item * shape.tokens, Int64(work.tokens)
+        first, tokens, vector_bytes = item * shape.tokens, Int64(work.tokens), VECTOR * shape.stage_item_bytes
         for half, (token, octet) in enumerate(both):
             count = shape.octet_tokens * per_token
             if shape.octet_tokens == 1:
                 count = min(count, shape.num_queries - octet * OCTET)
             row = lane_query * tokens + lane_token + (octet * OCTET * tokens + first + token)
             address = outputs.out + (row * shape.hidden_size + column) * ITEM
-            staged = stage + lane_row * shape.stage_row_bytes(self.tile) + lane_vector * 16
+            staged = stage + lane_row * shape.stage_row_bytes(self.tile) + lane_vector * vector_bytes
             places = [(r, v) for r in range(0, count, at_once) for v in range(0, vectors, width)]
             for batch in range(0, len(places), STORE_BATCH):
                 moved = []
                 for r, v in places[batch : batch + STORE_BATCH]:
-                    offset = (half * OCTET + r) * shape.stage_row_bytes(self.tile) + v * 16
+                    offset = (half * OCTET + r) * shape.stage_row_bytes(self.tile) + v * vector_bytes
                     moved.append((r, v, load_shared(Int32, staged, offset, 4)))
                 for r, v, values in moved:
                     conditions = []

@@ -25,7 +25,7 @@ from cutlass.cute.nvgpu import cpasync
 from cutlass.memory import SmemAllocator
 from cutlass.pipeline import PipelineState, PipelineUserType, make_pipeline_state
 
-from cute_kernels.device.mma import ptx
+from cute_kernels.device.mma import copy_scalar
 
 # createpolicy.fractional.L2::evict_first: rows are read once, so they should leave L2 before anything that is reused.
 EVICT_FIRST = 0x12F0000000000000
@@ -125,7 +125,7 @@ class RowRing:
     def copy_scale(self, state: PipelineState, r: int, address: Int64) -> None:
         """By the same thread: starts copying the scale of row r; after all rows, `commit_scales`."""
         place = (self.s_scales.iterator + (state.index * self.s_scales.shape[0] + r)).toint()
-        ptx("cp.async.ca.shared.global [$0],[$1],4;", [], [Int32(place), address], effects=True)
+        copy_scalar(Int32(place), address)
 
     def commit_scales(self, state: PipelineState) -> None:
         """Lets the slot's scales arrive at `full` when they have landed."""

@@ -11,7 +11,9 @@ from cutlass import BFloat16, Float32, Int32, Int64, Numeric
 from cute_kernels.device.mma import ptx
 from cute_kernels.device.rows import select
 
-PARTIAL_SUM = 1  # stream
+# streams
+PHASE_1_OUT = 0
+PARTIAL_SUM = 1
 ROUNDS = 10
 INFINITE_BITS = 0x7F800000
 
@@ -72,12 +74,12 @@ def stochastic(values: list[Float32], dtype: type[Numeric], words: list[Int32]) 
 def stochastic_element(x: Float32, dtype: type[Numeric], random: Int32) -> Float32:
     bits, magnitude = x.bitcast(Int32), magnitude_bits(x)
     if dtype is BFloat16:
-        rounded = (magnitude + random) & -0x10000
+        rounded = (bits + random) & -0x10000  # a carry reaches the sign of NaN alone
     else:
         random = random >> 3
         small = magnitude < 113 << 23
         steps = Int32(select(small, magnitude.bitcast(Float32) * Float32(2.0**37), Float32(0.0)))
         subnormal = Float32((steps + random) >> 13) * Float32(2.0**-24)
         rounded = select(small, subnormal.bitcast(Int32), (magnitude + random) & -0x2000)
-    rounded = rounded | (bits & Int32(-(1 << 31)))
+        rounded = rounded | (bits & Int32(-(1 << 31)))
     return select(magnitude < INFINITE_BITS, rounded, bits).bitcast(Float32)
