@@ -1,6 +1,6 @@
 """What holds the CuTe kernels back, by Nsight Compute: `python -m bench.profile --out bench/results`. Needs a GPU and `ncu`.
 
-Runs one call of each headline case under ncu, caches flushed, clocks left alone, and writes ncu_<device>.json and .md: per kernel
+Runs one call of each headline case and of every phase 1 in bf16 under ncu, caches flushed, clocks left alone, and writes ncu_<device>.json and .md: per kernel
 its duration, throughput of device memory, L2 and shared memory, issue rate, occupancy, registers, and what its warps wait for.
 """
 
@@ -49,9 +49,9 @@ _UNITS = {"ns": 1e-3, "us": 1.0, "ms": 1e3, "byte": 1e-6, "Kbyte": 1e-3, "Mbyte"
 
 
 def profiled(names: str) -> list[Case]:
-    """Headline cases that the CuTe backend takes, one input layout each."""
-    chosen = [case for case in CASES if case.headline and names in case.name and not case.stacked]
-    return [case for case in chosen if _takes(case)]
+    """Headline cases and every phase 1 in bf16, as far as the CuTe backend takes them, one input layout each."""
+    chosen = [case for case in CASES if case.headline or (case.op == "phase1" and not case.storage)]
+    return [case for case in chosen if names in case.name and not case.stacked and _takes(case)]
 
 
 def _takes(case: Case) -> bool:
@@ -70,7 +70,8 @@ def run_cases(names: str) -> None:
         torch.cuda.synchronize()
         torch.cuda.profiler.start()
         torch.cuda.nvtx.range_push(case.name)
-        call()
+        with torch.autograd.set_multithreading_enabled(False):  # a backward in this thread's range
+            call()
         torch.cuda.nvtx.range_pop()
         torch.cuda.synchronize()
         torch.cuda.profiler.stop()
