@@ -22,10 +22,10 @@ PHASE1_OPS = ("phase1_fwd", "phase1_bwd")
 STORAGE = ("mixed storage dtypes", "float32 results of 16-bit storage", "scaled fp16")
 # What launches may ask for beyond one dtype of all storage tensors (dtypes.features), by op.
 FEATURES = {
-    "mix_fwd": (*STORAGE, "sources of scaled fp16"),
-    "mix_bwd": ("mixed storage dtypes", "scaled fp16", "sources of scaled fp16"),
-    "phase1_fwd": ("mixed storage dtypes", "scaled fp16", "sources of scaled fp16", "stochastic rounding"),
-    "phase1_bwd": ("mixed storage dtypes", "scaled fp16", "sources of scaled fp16"),
+    "mix_fwd": STORAGE,
+    "mix_bwd": ("mixed storage dtypes", "scaled fp16"),
+    "phase1_fwd": ("mixed storage dtypes", "scaled fp16", "stochastic rounding"),
+    "phase1_bwd": ("mixed storage dtypes", "scaled fp16"),
     "phase2_fwd": (*STORAGE, "stochastic rounding"),
     "phase2_bwd": ("mixed storage dtypes", "scaled fp16"),
     "serve_step": (*STORAGE, "stochastic rounding"),

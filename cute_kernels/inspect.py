@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import starmap
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +43,21 @@ def inspect_kernel(op: str, build: Callable[[Any], Any], config: Any) -> Inspect
 
 
 def compile_all() -> Iterator[Inspection]:
-    """One inspection for each kernel configuration that real shapes choose (config.representative_configs)."""
+    """One inspection for each kernel configuration that real shapes choose, in the order of config.representative_configs.
+
+    As many processes as there are processors compile them; a script that calls this guards its `__main__`.
+    """
     from cute_kernels import config
 
-    for op, build, static in config.representative_configs():
-        yield inspect_kernel(op, build, static)
+    configs = list(config.representative_configs())
+    workers = min(len(os.sched_getaffinity(0)), 8)  # of half a GB each
+    if workers == 1:
+        yield from starmap(inspect_kernel, configs)
+        return
+    # Ctrl-C reaches every process: the workers end at once and silently, the caller raises KeyboardInterrupt.
+    initializer = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_DFL)}
+    with ProcessPoolExecutor(workers, get_context("spawn"), **initializer) as pool:
+        yield from pool.map(inspect_kernel, *zip(*configs, strict=True))
 
 
 def _cuobjdump(flag: str, cubin: Path) -> str:

@@ -330,19 +330,21 @@ def spec(
     num_sources: int = 1,
     num_queries: int = 1,
     *,
+    gradients: Sequence[Tensor] = (),
     stored: Sequence[torch.dtype] = (),
     scaled: bool = False,
     seed: int | None = None,
-    more: tuple[str, ...] = (),
     stride: int = 0,
 ) -> Spec:
     """What the backends are asked about a launch; `tensors` are its storage tensors, as rows [T, D].
 
-    stored: the dtypes of those that the launch's caller allocates, contiguous. more: further features (dtypes.features).
-    stride: one more, from row to row of a tensor.
+    gradients: those that a backward reads and makes, out's first, as rows [T, D]. stored: the dtypes of what the launch's
+    caller allocates, contiguous. stride: one more, from row to row of a tensor.
     """
+    if gradients:
+        tensors = [*gradients, *tensors]
     first, alignment = tensors[0], byte_alignment(tensors, stride)
-    features = dtypes.features({tensor.dtype for tensor in tensors}, scaled, seed, more, stored)
+    features = dtypes.features({tensor.dtype for tensor in tensors}, scaled, seed, stored, gradients)
     return _spec(op, first.device, first.dtype, first.shape[-1], num_sources, num_queries, alignment, features)
 
 

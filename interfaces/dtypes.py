@@ -60,29 +60,21 @@ def features(
     storage: set[torch.dtype],
     scaled: bool = False,
     seed: int | None = None,
-    more: tuple[str, ...] = (),
     stored: Sequence[torch.dtype] = (),
+    gradients: Sequence[torch.Tensor] = (),
 ) -> tuple[str, ...]:
     """What a launch asks for beyond one dtype of all its storage tensors: what `Spec.features` has.
 
-    storage: the dtypes of what it reads or updates; stored: of what it makes.
+    storage: the dtypes of what it reads or updates, and of all `gradients`; stored: of what else it makes.
     """
     every = storage.union(stored)
-    if len(every) == 1 and not scaled and seed is None and not more:
+    if len(every) == 1 and not scaled and seed is None:
         return ()
     found = ["mixed storage dtypes"] * (len(every) > 1)
     if len(every) > 1 and torch.float32 in every:
         found.append(
             "float32 beside 16-bit storage" if torch.float32 in storage else "float32 results of 16-bit storage"
         )
-    return (*found, *("scaled fp16",) * scaled, *more, *("stochastic rounding",) * (seed is not None))
-
-
-def scaled_sources(scaled: bool) -> tuple[str, ...]:
-    """For `features`, beside `scaled`: whether it is the sources that are."""
-    return ("sources of scaled fp16",) * scaled
-
-
-def mixed_gradients(*found: torch.dtype) -> tuple[str, ...]:
-    """For `features`: of the gradients that a launch reads and writes."""
-    return ("gradients of several dtypes",) * (len(set(found)) > 1)
+    found += ["scaled fp16"] * scaled
+    found += ["gradients of several dtypes"] * (len({gradient.dtype for gradient in gradients}) > 1)
+    return (*found, *("stochastic rounding",) * (seed is not None))

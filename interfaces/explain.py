@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from attnres import backend as backends
-from attnres import contracts, dtypes
+from attnres import contracts
 from attnres.mix import attn_res
 from attnres.phase1 import phase_1
 from attnres.phase2 import phase_2
@@ -66,61 +67,56 @@ def _choice(choose: Callable[..., str], *arguments: Any) -> str | None:
 
 def _mix_specs(arguments: dict[str, Any]) -> list[backends.Spec]:
     sources = contracts.check_mix(**arguments)
-    return _of_sources(("mix_fwd", "mix_bwd"), sources, contracts.is_stacked(arguments["residuals"]), arguments)
+    rows, gradients, scaled = _of_sources(sources, arguments["residuals"], arguments["out_dtype"])
+    return [
+        contracts.spec("mix_fwd", rows, len(rows), stored=(gradients[0].dtype,), scaled=scaled),
+        contracts.spec("mix_bwd", rows, len(rows), gradients=gradients, scaled=scaled),
+    ]
 
 
 def _phase_1_specs(arguments: dict[str, Any]) -> list[backends.Spec]:
     sources = contracts.check_phase_1(**arguments)
-    stacked, sites = contracts.is_stacked(arguments["block_representations"]), arguments["pseudo_queries"].shape[0]
-    return _of_sources(("phase1_fwd", "phase1_bwd"), sources, stacked, arguments, sites)
+    rows, gradients, scaled = _of_sources(sources, arguments["block_representations"], arguments["out_dtype"])
+    counts = len(rows), arguments["pseudo_queries"].shape[0]
+    d_out, d_source = (gradient.dtype for gradient in gradients)
+    scaled_out, seed = arguments["storage"] is not None, arguments["stochastic_seed"]
+    out, gradient_seed = torch.float16 if scaled_out else d_out, None if d_source == torch.float32 else seed
+    return [
+        contracts.spec("phase1_fwd", rows, *counts, stored=(out,), scaled=scaled or scaled_out, seed=seed),
+        contracts.spec("phase1_bwd", rows, *counts, gradients=gradients, scaled=scaled, seed=gradient_seed),
+    ]
 
 
 def _of_sources(
-    ops: tuple[str, ...], sources: list[contracts.Rows], stacked: bool, arguments: dict[str, Any], num_queries: int = 1
-) -> list[backends.Spec]:
-    stand_ins, values, scales = contracts.parts(sources)
-    rows = contracts.unstack(values or stand_ins, stacked)
-    scaled, seed = scales is not None, arguments.get("stochastic_seed")
-    more = dtypes.scaled_sources(scaled)
-    gradients = (arguments["out_dtype"] or stand_ins[0].dtype, stand_ins[0].dtype)
-    forward, backward = ops
-    stored, scaled_out = gradients[:1], arguments.get("storage") is not None
-    common: dict[str, Any] = {"num_sources": len(rows), "num_queries": num_queries, "seed": seed}
-    return [
-        contracts.spec(
-            forward,
-            rows,
-            stored=(torch.float16,) if scaled_out else stored,
-            scaled=scaled or scaled_out,
-            more=more,
-            **common,
-        ),
-        contracts.spec(
-            backward,
-            rows,
-            stored=gradients,
-            scaled=scaled,
-            more=more + dtypes.mixed_gradients(*gradients),
-            **common,
-        ),
-    ]
+    sources: list[contracts.Rows], given: Any, out_dtype: torch.dtype | None
+) -> tuple[list[Tensor], list[Tensor], bool]:
+    """Rows, gradients of out and of one source, whether scaled."""
+    stand_ins, values, _ = contracts.parts(sources)
+    rows, dtype = contracts.unstack(values or stand_ins, contracts.is_stacked(given)), stand_ins[0].dtype
+    return rows, [_made(rows, out_dtype or dtype), _made(rows, dtype)], values is not None
 
 
 def _phase_2_specs(arguments: dict[str, Any]) -> list[backends.Spec]:
     contracts.check_phase_2(**arguments)
-    given = [arguments[name] for name in ("partial_sum", "inter_out", "delta") if arguments[name] is not None]
-    rows = [contracts.rows(contracts.memory(tensor)[0]) for tensor in given]
-    stored = (arguments["out_dtype"] or given[0].dtype,)
-    delta = arguments["delta"]
-    d_partial = given[0].dtype if delta is None else torch.promote_types(given[0].dtype, delta.dtype)
-    gradients = (*stored, d_partial, given[1].dtype)
-    scaled = arguments["storage"] is not None or any(isinstance(tensor, ScaledTensor) for tensor in given)
+    partial, inter, delta, storage = (arguments[name] for name in ("partial_sum", "inter_out", "delta", "storage"))
+    rows = [contracts.rows(contracts.memory(tensor)[0]) for tensor in (partial, inter, delta) if tensor is not None]
+    x, out = rows[0], arguments["out_dtype"] or partial.dtype
+    stored, gradients = [out], [out, partial.dtype, inter.dtype]
+    if delta is not None:
+        x = _made(rows, x.dtype if storage is None else torch.float16)
+        stored.append(x.dtype)
+        gradients.append(torch.promote_types(partial.dtype, delta.dtype))
+    scaled = storage is not None or any(isinstance(tensor, ScaledTensor) for tensor in (partial, inter))
+    made = [_made(rows, dtype) for dtype in gradients]
     return [
         contracts.spec("phase2_fwd", rows, stored=stored, scaled=scaled, seed=arguments["stochastic_seed"]),
-        contracts.spec(
-            "phase2_bwd", rows[:2], stored=gradients, scaled=scaled, more=dtypes.mixed_gradients(*gradients)
-        ),
+        contracts.spec("phase2_bwd", [x, rows[1]], gradients=made, scaled=scaled),
     ]
+
+
+def _made(rows: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """What a call makes of rows [T, D], contiguous; here without memory, [0, D]."""
+    return rows[0].new_empty((0, rows[0].shape[-1]), dtype=dtype)
 
 
 def _step_specs(arguments: dict[str, Any]) -> list[backends.Spec]:

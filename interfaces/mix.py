@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attnres import backend as backends
-from attnres import checked_mode, contracts, dtypes
+from attnres import checked_mode, contracts
 from attnres.registration import Operator, Outputs, empty_as, needs_grad
 from attnres.repeated import Call, recall, remember
 
@@ -154,9 +154,7 @@ def forward(
     out, *statistics, weights = outputs
     rows, out = contracts.unstack(options.values or sources, options.stacked), contracts.rows(out)
     row_scales = contracts.unstack_scales(options.scales, options.stacked)
-    scaled = row_scales is not None
-    more = dtypes.scaled_sources(scaled)
-    asked = contracts.spec("mix_fwd", rows, len(rows), stored=(out.dtype,), scaled=scaled, more=more)
+    asked = contracts.spec("mix_fwd", rows, len(rows), stored=(out.dtype,), scaled=row_scales is not None)
     name = backends.choose(asked, (options.backend, options.origin))
     tokens = rows[0].shape[0]
     if tokens == 0:
@@ -246,8 +244,7 @@ def fill_gradients(
     d_key = None if key_weight is None else d_key_weight
     d_output = None if output_weight is None else d_output_weight
     scaled = row_scales is not None
-    more = dtypes.scaled_sources(scaled) + dtypes.mixed_gradients(d_out.dtype, d_rows[0].dtype)
-    asked = contracts.spec("mix_bwd", [d_out, *rows, *d_rows], len(rows), scaled=scaled, more=more)
+    asked = contracts.spec("mix_bwd", rows, len(rows), gradients=[d_out, *d_rows], scaled=scaled)
     name = backends.choose_backward(asked, options.backend)
     backends.launch(
         "mix_bwd",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attnres import backend as backends
-from attnres import checked_mode, contracts, dtypes
+from attnres import checked_mode, contracts
 from attnres.registration import Operator, Outputs, empty_as, needs_grad
 from attnres.repeated import Call, recall, remember
 from attnres.scaled import ScaledTensor, new_stand_in
@@ -168,10 +168,7 @@ def fill_outputs(
     out, lse = out.view(sites, tokens, size), lse.view(sites, tokens)
     out_scale = None if out_scale is None else out_scale.view(sites, tokens)
     scaled = row_scales is not None or out_scale is not None
-    more = dtypes.scaled_sources(row_scales is not None)
-    asked = contracts.spec(
-        "phase1_fwd", rows, len(rows), sites, stored=(out.dtype,), scaled=scaled, seed=seed, more=more
-    )
+    asked = contracts.spec("phase1_fwd", rows, len(rows), sites, stored=(out.dtype,), scaled=scaled, seed=seed)
     name = backends.choose(asked, (options.backend, options.origin))
     if tokens == 0:
         return
@@ -257,8 +254,7 @@ def fill_gradients(
             d_source.add_(share)
         return
     rows, d_rows = contracts.unstack(options.values or sources, stacked), contracts.unstack(d_sources, stacked)
-    scales = options.scales
-    row_scales = contracts.unstack_scales(scales, stacked)
+    row_scales = contracts.unstack_scales(options.scales, stacked)
     seed = None if d_rows[0].dtype == torch.float32 else options.seed
     sites, tokens = queries.shape[0], rows[0].shape[0]
     if tokens == 0:
@@ -270,10 +266,8 @@ def fill_gradients(
     d_weights = None
     if key_weights is not None:  # a shared weight's gradient is the sum over sites of fp32 rows
         d_weights = d_key_weights if key_weights.dim() == 2 else queries.new_empty(queries.shape, dtype=torch.float32)
-    storage = [*d_out.unbind(0), *rows, *d_rows]
-    scaled = scales is not None
-    more = dtypes.scaled_sources(scaled) + dtypes.mixed_gradients(d_out.dtype, d_rows[0].dtype)
-    asked = contracts.spec("phase1_bwd", storage, len(rows), sites, scaled=scaled, seed=seed, more=more)
+    rows_of_gradients, scaled = [contracts.rows(d_out), *d_rows], row_scales is not None
+    asked = contracts.spec("phase1_bwd", rows, len(rows), sites, gradients=rows_of_gradients, scaled=scaled, seed=seed)
     name = backends.choose_backward(asked, options.backend)
     backends.launch(
         "phase1_bwd",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attnres import backend as backends
-from attnres import checked_mode, contracts, dtypes
+from attnres import checked_mode, contracts
 from attnres.registration import Operator, Outputs, empty_as, needs_grad
 from attnres.repeated import Call, recall, remember
 from attnres.scaled import ScaledTensor, new_stand_in
@@ -306,11 +306,10 @@ def fill_gradients(
     lse, d_lse = contracts.vector(inter_lse.contiguous()), contracts.vector(d_inter_lse)
     d_key = None if key_weight is None else d_key_weight
     d_output = None if output_weight is None else d_output_weight
-    storage = [d_out, partial, inter_out, d_partial, d_inter_out] + ([] if d_new_partial is None else [d_new_partial])
+    rows_of_gradients = [d_out, d_partial, d_inter_out] + ([] if d_new_partial is None else [d_new_partial])
     scaled = any(value is not None for value in scales)
-    given = [] if d_new_partial is None else [d_new_partial.dtype]
-    more = dtypes.mixed_gradients(d_out.dtype, d_partial.dtype, d_inter_out.dtype, *given)
-    name = backends.choose_backward(contracts.spec("phase2_bwd", storage, scaled=scaled, more=more), options.backend)
+    asked = contracts.spec("phase2_bwd", [partial, inter_out], gradients=rows_of_gradients, scaled=scaled)
+    name = backends.choose_backward(asked, options.backend)
     backends.launch(
         "phase2_bwd",
         name,

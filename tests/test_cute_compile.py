@@ -1,7 +1,9 @@
 """The CuTe row kernels (mix_fwd, serve_step, phase2_fwd) without a GPU: limits, tiles, lane mappings, machine code for sm_90a."""
 
 import dataclasses
+import itertools
 import math
+import os
 import re
 from typing import Any
 
@@ -21,7 +23,7 @@ from cute_kernels.config_rows import (
     row_tile,
     token_class,
 )
-from cute_kernels.inspect import Inspection
+from cute_kernels.inspect import Inspection, compile_all
 
 pytest.importorskip("cutlass")
 LANES = 32
@@ -270,6 +272,17 @@ def test_query_grad_machine_code(c: config.QueryGradConfig) -> None:
     # 16 bytes at a time; those of 160 partials, one for each SM of an H200 and more, before the first addition.
     loads, first_sum = [m.start() for m in re.finditer(r"LDG\.E\.128", found.sass)], found.sass.index("FADD")
     assert sum(at < first_sum for at in loads) >= 5
+
+
+def test_processes_compile_what_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = list(itertools.islice(config.representative_configs(), 3))
+    monkeypatch.setattr(config, "representative_configs", lambda: iter(chosen))
+    found = []
+    for processors in ({0}, {0, 1}):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, processors=processors: processors)
+        found.append(list(compile_all()))
+    assert found[0] == found[1]
+    assert [(each.op, each.config) for each in found[1]] == [(op, str(c)) for op, _, c in chosen]
 
 
 def test_limit_of_the_register_model() -> None:

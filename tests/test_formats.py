@@ -9,6 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
+import attnres
 from attnres import backend as backends
 from attnres import cli, dtypes, formats, inputs, numerics, oracle, report, report_html, report_lines, report_output
 from attnres.inputs import Shape
@@ -102,6 +103,22 @@ def test_every_form_of_the_report_has_the_table(found: report.Report, tmp_path: 
     assert "fp16_scaled+inter_out=fp32" in (tmp_path / "terminal").read_text()
 
 
+@pytest.mark.parametrize("op", inputs.OPS)
+def test_explain_asks_what_the_call_asks(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: set[backends.Spec] = set()
+    original = backends.refusal
+    monkeypatch.setattr(backends, "refusal", lambda name, spec: asked.add(spec) or original(name, spec))
+    for name in formats.DTYPES:
+        if formats.read(op, name):
+            case = inputs.make_case(op, SMALL, dtype=name)
+            report.call(case, "torch")
+            of_call = set(asked)
+            asked.clear()
+            attnres.explain(report.PUBLIC[op], **case.arguments)
+            assert asked == of_call, name
+            asked.clear()
+
+
 def refusing(monkeypatch: pytest.MonkeyPatch, launch: str, feature: str) -> None:
     """torch says that it lacks a feature of a launch."""
     original = backends.refusal
@@ -117,13 +134,13 @@ def refusing(monkeypatch: pytest.MonkeyPatch, launch: str, feature: str) -> None
 def test_what_a_backend_refuses_has_its_reason_until_it_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = [report.Job("phase1", SMALL, "normal", name) for name in ("bf16", "fp16_scaled")]
     with monkeypatch.context() as patch:
-        refusing(patch, "phase1_fwd", "sources of scaled fp16")
+        refusing(patch, "phase1_fwd", "scaled fp16")
         made = report.run(jobs, ["torch", "triton"], CPU)
     assert made.ok
     assert report_lines.format_table(made.rows).lines["fp16_scaled"] == [("refused", "refused"), ("ok", "0.95/0.80")]
     ((backend, reason),) = report_lines.refusals(made.rows)
     assert backend == "torch"
-    assert reason.endswith("phase1_fwd has no kernel yet for sources of scaled fp16")
+    assert reason.endswith("phase1_fwd has no kernel yet for scaled fp16")
     for text in (report_html.to_html(made), report_output.to_markdown(made)):
         assert reason in text.replace("&#39;", "'")
     again = report.run(jobs, ["torch"], CPU)
