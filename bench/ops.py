@@ -28,7 +28,7 @@ _PLAIN = {"output_norm": False, "delta": False}
 FP16 = "fp16"
 SCALED_RESULT = "scaled fp16"  # phase 1's out; phase 2's inter_out, and its new partial sum
 SCALED_SOURCES = "scaled fp16 sources"
-STOCHASTIC = "stochastic rounding"  # of phase 2's new partial sum
+STOCHASTIC = "stochastic rounding"  # of phase 2's new partial sum; of the blocks' gradients
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,7 @@ def _step(tokens: int, size: int, depth: int, **options: Any) -> Case:
 
 
 PHASE1_SIZES = ((16384, 2048, 4, 8), (8192, 4096, 8, 16), (8192, 2048, 8, 16), (8192, 7168, 8, 16))
+BACKWARD_SIZES = tuple(PHASE1_SIZES[i] for i in (0, 1, 3))
 HEADLINE = ((8192, 7168, 9), (16384, 4096, 5), (16384, 2048, 17))
 _GRID = [(8192, size, depth) for size in (7168, 2304, 2048, 4096) for depth in (2, 5, 9, 17)]
 
@@ -123,9 +124,7 @@ CASES: tuple[Case, ...] = (
     *(_phase1(*sizes, headline=True) for sizes in PHASE1_SIZES),
     _phase1(8192, 2048, 8, 24),
     _phase1(8192, 7168, 8, 24),
-    _phase1(16384, 2048, 4, 8, backward=True, headline=True),
-    _phase1(8192, 4096, 8, 16, backward=True),
-    _phase1(8192, 7168, 8, 16, backward=True),
+    *(_phase1(*sizes, backward=True, headline=sizes == PHASE1_SIZES[0]) for sizes in BACKWARD_SIZES),
     _phase1(8192, 7168, 8, 24, backward=True),
     *(_phase2(size, headline=True) for size in (2048, 4096, 7168)),
     *(_phase2(size, fused=True, headline=True) for size in (2048, 4096, 7168)),
@@ -151,6 +150,7 @@ CASES: tuple[Case, ...] = (
     *(_mix(*sizes, storage=SCALED_SOURCES) for sizes in HEADLINE),
     *(_step(*sizes, storage=SCALED_SOURCES) for sizes in HEADLINE),
     *(_phase2(size, fused=True, storage=STOCHASTIC) for size in (2048, 4096, 7168)),
+    *(_phase1(*sizes, backward=True, storage=STOCHASTIC) for sizes in BACKWARD_SIZES),
 )
 
 
@@ -207,11 +207,12 @@ def sample(case: Case, made: Inputs) -> Sample:
     else:
         arguments = {name: _rows(name, value, tokens) for name, value in made.arguments.items()}
         grads = {name: _rows(name, value, tokens) for name, value in made.grads.items()}
-        arguments.pop("stochastic_seed", None)
+        if case.op == "phase2":
+            arguments.pop("stochastic_seed", None)
         references = oracle.reference(case.op, arguments, grads or None)
     kept = {name: found for name, found in references.items() if oracle.token_axis(name) is not None}
     kept = {name: found for name, found in kept.items() if name.startswith("d_") == case.backward}
-    if case.storage == STOCHASTIC:  # the sum; the mix follows from the sum as it was rounded
+    if case.op == "phase2" and case.storage == STOCHASTIC:  # the sum; the mix follows from the sum as it was rounded
         exact = arguments["partial_sum"].double() + arguments["delta"].double()
         kept = {"new_partial": replace(kept["new_partial"], exact=exact, plain32=(exact.float(),), stochastic=True)}
     return Sample(tokens, kept)

@@ -25,7 +25,7 @@ FEATURES = {
     "mix_fwd": STORAGE,
     "mix_bwd": ("mixed storage dtypes", "scaled fp16"),
     "phase1_fwd": ("mixed storage dtypes", "scaled fp16", "stochastic rounding"),
-    "phase1_bwd": ("mixed storage dtypes", "scaled fp16"),
+    "phase1_bwd": ("mixed storage dtypes", "scaled fp16", "stochastic rounding"),
     "phase2_fwd": (*STORAGE, "stochastic rounding"),
     "phase2_bwd": ("mixed storage dtypes", "scaled fp16"),
     "serve_step": (*STORAGE, "stochastic rounding"),

@@ -47,7 +47,9 @@ BUFFERS = 4  # of them; device/phase1_bwd.py says why
 
 
 class Statistics(NamedTuple):
-    """Addresses of what the forward saved and of lse's gradient, fp32. (One argument: a list alone may not be empty.)"""
+    """Addresses of what the forward saved and of lse's gradient, fp32; a seed. (One argument: a list alone may not be
+    empty.)
+    """
 
     lse: Any  # [S, T]
     logits: Any  # [S, N, T]
@@ -55,6 +57,7 @@ class Statistics(NamedTuple):
     d_lse: Any  # [S, T], when there is one
     scales: Any  # of scaled fp16: N of [T]
     scale_strides: Any  # elements from one token to the next
+    seeds: Any  # of the sources' gradients' rounding: one or none
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,7 @@ class Phase1BwdConfig:
     d_lse: bool
     accumulate: bool
     scaled: bool  # the sources are scaled fp16; dtype is that of the gradients
+    stochastic: bool  # the sources' gradients are rounded stochastically
     tile: Phase1BwdTile
 
     @property
@@ -110,9 +114,31 @@ class Phase1BwdConfig:
         return ceil_div(self.num_queries, OCTET)
 
     @property
+    def scales_queries(self) -> bool:
+        """Whether effective queries that the storage dtype cannot hold are fp16 terms of a query times a power of two.
+
+        Two of them have the 23 bits that stochastic rounding needs (see mix_terms). bf16 terms would have to be three;
+        without the power of two, second fp16 terms are subnormal.
+        """
+        return self.stochastic and (self.query != self.dtype or self.key_weight is not None)
+
+    @property
+    def query_dtype(self) -> str:
+        """Of the terms of an effective query."""
+        return "fp16" if self.scales_queries else self.dtype
+
+    @property
     def query_terms(self) -> int:
-        """Numbers of the storage dtype that an effective query is: two are more than the sources' gradients can show."""
-        return min(query_terms(self.dtype, self.query, self.key_weight), 2)
+        """Numbers that an effective query is: two are more than the sources' gradients can show."""
+        return min(query_terms(self.query_dtype, self.query, self.key_weight, self.scales_queries), 2)
+
+    def mix_terms(self, dtype: str) -> int:
+        """Numbers of the dtype that a weight of the sources' gradients is.
+
+        Stochastic rounding needs fp32's accuracy: with the 16 bits of two bf16 numbers, what lies beside a number that
+        the gradient's dtype has may come out on its other side, and be rounded to neither of its neighbours.
+        """
+        return 3 if self.stochastic and dtype == "bf16" else 2
 
     @property
     def weight_terms(self) -> int:
@@ -159,6 +185,10 @@ class Phase1BwdConfig:
         return self.query_terms * self.num_queries * self.tile.row_bytes
 
     @property
+    def query_scale_bytes(self) -> int:
+        return self.octets * OCTET * 4 if self.scales_queries else 0
+
+    @property
     def items(self) -> int:
         """Of a token."""
         return ceil_div(self.octets, self.tile.item_octets)
@@ -184,7 +214,7 @@ class Phase1BwdConfig:
     def shared_bytes(self) -> int:
         tile = self.tile
         barriers = 8 * (2 * (tile.source_slots + tile.output_slots + tile.stages) + 3 * BUFFERS)
-        rows = self.ring_bytes + self.query_bytes + tile.stages * self.stage_bytes
+        rows = self.ring_bytes + self.query_bytes + tile.stages * self.stage_bytes + self.query_scale_bytes
         return rows + self.exchange_bytes + barriers + SCRATCH_BYTES
 
     @property
@@ -213,12 +243,12 @@ def phase1_bwd_config(
     d_lse: bool = True,
     accumulate: bool = False,
     scaled: bool = False,
+    stochastic: bool = False,
 ) -> Phase1BwdConfig | None:
     """The configuration of a launch, or None where a token's rows or the queries' gradients do not fit a cluster of 8."""
     tile = Phase1BwdTile(1, 1, PIECE, 1, 2, 2, 1)
-    config = Phase1BwdConfig(
-        dtype, query, key_weight, hidden_size, num_sources, num_queries, d_lse, accumulate, scaled, tile
-    )
+    options = (d_lse, accumulate, scaled, stochastic)
+    config = Phase1BwdConfig(dtype, query, key_weight, hidden_size, num_sources, num_queries, *options, tile)
     # Two tokens are in work at once, so a third is what loads go to meanwhile (measured on an H200, with two: 0.848 ->
     # 0.507 of copy bandwidth); of more than one octet, some are free earlier.
     octets, registers = config.octets, APART_REGISTERS if config.adds_apart else GRADIENT_REGISTERS
@@ -315,3 +345,9 @@ def phase1_bwd_configs() -> Iterator[tuple[str, Callable[[Any], Any], Phase1BwdC
     yield "phase1_bwd", build, config(7168, 8, 24, scaled=True)
     yield "phase1_bwd", build, config(2048, 4, 8, query="fp32", scaled=True, accumulate=True)
     yield "phase1_bwd", build, config(2304, 8, 16, dtype="fp16", query="fp32", scaled=True)
+    for shape in ((2048, 4, 8), (4096, 8, 16), (7168, 8, 16), (7168, 8, 24)):
+        yield "phase1_bwd", build, config(*shape, stochastic=True)
+    yield "phase1_bwd", build, config(4096, 8, 16, query="fp32", key_weight="fp32", accumulate=True, stochastic=True)
+    yield "phase1_bwd", build, config(2304, 5, 12, dtype="fp16", query="fp16", accumulate=True, stochastic=True)
+    yield "phase1_bwd", build, config(7168, 8, 24, scaled=True, stochastic=True)
+    yield "phase1_bwd", build, config(2304, 8, 16, dtype="fp16", query="fp32", scaled=True, stochastic=True)

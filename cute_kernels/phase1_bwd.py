@@ -32,7 +32,7 @@ def build(config: Phase1BwdConfig) -> Any:
         rows,
         rows,
         *[zero] * 4,
-        Statistics(*[zero] * 4, scales, scales),
+        Statistics(*[zero] * 4, scales, scales, [zero] * config.stochastic),
         rows,
         rows,
         zero,
@@ -55,6 +55,7 @@ def kernel_for(
     d_lse: bool,
     accumulate: bool,
     scaled: bool,
+    stochastic: bool,
 ) -> tuple[Any, int, int]:
     """The kernel compiled for the launch, the CTAs of its clusters, and how many clusters the device holds."""
     config = phase1_bwd_config(
@@ -67,6 +68,7 @@ def kernel_for(
         d_lse=d_lse,
         accumulate=accumulate,
         scaled=scaled,
+        stochastic=stochastic,
     )
     if config is None:
         raise ValueError(f"no tile for hidden size {hidden_size}, {num_sources} sources, {num_queries} queries")
@@ -91,9 +93,11 @@ def phase1_bwd(
     d_key_weights: torch.Tensor | None,  # [S, D]
     *,
     source_scales: Sequence[torch.Tensor] | None = None,  # N of [T] fp32
+    seed: int | None = None,
 ) -> None:
     """Fill (or, with accumulate, add to) d_sources; fill d_queries and, if given, d_key_weights. eps went into rstd in the
-    forward. d_out, d_sources and sources are all bf16 or all fp16; sources with scales are fp16 beside either.
+    forward. d_out, d_sources and sources are all bf16 or all fp16; sources with scales are fp16 beside either. A seed rounds
+    d_sources stochastically.
 
     Moves (2N + S) T D elements, N T D more when adding. Deterministic.
     """
@@ -110,6 +114,7 @@ def phase1_bwd(
         d_lse is not None,
         accumulate,
         source_scales is not None,
+        seed is not None,
     )
     clusters = min(tokens, clusters)
     du = torch.empty(clusters, num_queries, hidden_size, dtype=torch.float32, device=d_out.device)
@@ -128,6 +133,7 @@ def phase1_bwd(
             d_lse=address(d_lse),
             scales=[row_scale.data_ptr() for row_scale in source_scales or ()],
             scale_strides=[row_scale.stride(0) for row_scale in source_scales or ()],
+            seeds=[] if seed is None else [seed],
         ),
         [d_source.data_ptr() for d_source in d_sources],
         [d_source.stride(0) for d_source in d_sources],

@@ -80,6 +80,7 @@ SMALL = [
         "phase 2 forward, scaled fp16 T16384 D2048",
         "phase 2 forward, delta and norm, scaled fp16 T16384 D2048",
         "phase 2 forward, delta and norm, stochastic rounding T16384 D2048",
+        "phase 1 backward, stochastic rounding T8192 D4096 N8 S16",
         "direct forward, scaled fp16 sources T8192 D7168 L9",
         "serving step, scaled fp16 sources T8192 D7168 L9",
     )

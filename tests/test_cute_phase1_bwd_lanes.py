@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from attnres import rounding
+
 pytest.importorskip("cutlass")
 
 import cutlass
@@ -30,6 +32,24 @@ class F32:
 class I32:
     def __new__(cls, value):
         return np.asarray(value, np.int64)
+
+
+class Word(np.ndarray):
+    """32 bits of each thread, which device/rounding.py reads as integers and as fp32 numbers."""
+
+    def bitcast(self, kind):
+        return self.view(np.int32 if kind is Int else np.float32)
+
+
+class Int:
+    def __new__(cls, value):
+        # An array even of one number: those may overflow without a warning
+        return np.atleast_1d(value).astype(np.int32).view(Word)
+
+
+class Float:
+    def __new__(cls, value):
+        return np.asarray(value).astype(np.float32).view(Word)
 
 
 class Pointer:
@@ -59,11 +79,16 @@ class Machine:
         # Whatever is not written is NaN in every type.
         self.shared = np.full((config.tile.cluster, config.shared_bytes // 4 + 64), 0xFFFFFFFF, np.uint32)
         self.device = np.zeros(0, np.uint32)
+        self.drawn: list[np.ndarray] = []  # what was rounded stochastically: two columns of a tile each
 
-    def place(self, tensor: np.ndarray) -> int:
-        """The address of a copy of an fp32 tensor in device memory."""
+    def place(self, tensor: np.ndarray, dtype: str = "fp32") -> int:
+        """The address of a copy in device memory."""
         address = self.device.size * 4
-        self.device = np.concatenate([self.device, tensor.astype(np.float32).ravel().view(np.uint32)])
+        if dtype == "fp32":
+            words = tensor.astype(np.float32).ravel().view(np.uint32)
+        else:
+            words = self.halves(tensor, dtype == "fp16").astype(np.uint16).ravel().view(np.uint32)
+        self.device = np.concatenate([self.device, words])
         return address
 
     def full(self, value) -> np.ndarray:
@@ -86,8 +111,9 @@ class Machine:
         pair, half = self.full(pair).astype(np.uint32), None if dtype is None else dtype is cutlass.Float16
         return self.numbers(pair & 0xFFFF, half), self.numbers(pair >> 16, half)
 
-    def pack(self, _, first, second):
-        return self.halves(self.full(first)) | self.halves(self.full(second)) << 16
+    def pack(self, dtype, first, second):
+        half = dtype is cutlass.Float16
+        return self.halves(self.full(first), half) | self.halves(self.full(second), half) << 16
 
     def split_vector(self, dtype, values, terms):
         split = [[] for _ in range(terms)]
@@ -98,33 +124,42 @@ class Machine:
                 first, second = first - high[0], second - high[1]
         return split
 
-    def matrix(self, pair) -> np.ndarray:
+    def matrix(self, first, second) -> np.ndarray:
         """[..., 8, 8] of which each lane has (row c, columns 2q and 2q + 1)."""
-        found = np.empty((*self.shape[:2], 8, 8), np.float32)
-        found[..., C, 2 * Q], found[..., C, 2 * Q + 1] = self.unpack(None, pair)
+        found = np.empty((*self.shape[:2], 8, 8), first.dtype)
+        found[..., C, 2 * Q], found[..., C, 2 * Q + 1] = first, second
         return found
 
     def transpose(self, pair):
-        matrix = np.swapaxes(self.matrix(pair), -1, -2)
-        return self.pack(None, matrix[..., C, 2 * Q], matrix[..., C, 2 * Q + 1])
+        pair = self.full(pair).astype(np.uint32)
+        matrix = np.swapaxes(self.matrix(pair & 0xFFFF, pair >> 16), -1, -2)
+        return matrix[..., C, 2 * Q] | matrix[..., C, 2 * Q + 1] << 16
 
-    def product(self, octets, b, c):
+    def product(self, dtype, octets, b, c):
         """octets: the rows' (K 0 to 7, K 8 to 15, ...) pairs; b: the pairs of K x 8."""
         result = []
         for i, octet in enumerate(octets):
             total = np.zeros((*self.shape[:2], 8, 8), np.float64)
             for left, right in zip(octet, b, strict=True):
-                total += self.matrix(left).astype(np.float64) @ np.swapaxes(self.matrix(right), -1, -2)
+                left, right = (self.matrix(*self.unpack(dtype, pair)) for pair in (left, right))
+                total += left.astype(np.float64) @ np.swapaxes(right, -1, -2)
             for e in range(2):
                 addend = 0.0 if c is None else self.full(c[2 * i + e])
                 result.append((total[..., C, 2 * Q + e] + addend).astype(np.float32))
         return result
 
-    def mma(self, _, a, b, c):
-        return self.product([a[0], a[1] or (0, 0)], b, c)
+    def mma(self, dtype, a, b, c):
+        return self.product(dtype, [a[0], a[1] or (0, 0)], b, c)
 
-    def mma_k8(self, _, a, b, c):
-        return self.product([(a[0],), (a[1],)], (b,), c)
+    def mma_k8(self, dtype, a, b, c):
+        return self.product(dtype, [(a[0],), (a[1],)], (b,), c)
+
+    def stochastic(self, values, dtype, words):
+        from cute_kernels.device import rounding
+
+        values = [Float(self.full(value)) for value in values]
+        self.drawn.append(np.stack(values, -1))
+        return [np.asarray(value) for value in rounding.stochastic(values, dtype, words)]
 
     def words(self, address) -> tuple[np.ndarray, np.ndarray]:
         address = self.full(address)
@@ -171,6 +206,14 @@ class Machine:
         found[where] = self.device[self.full(address)[where] // 4]
         return found.view(np.float32)
 
+    def load_vector(self, kind, address, offset, predicate):
+        where, found = self.full(predicate), []
+        for i in range(4):
+            value = np.zeros(self.shape, np.uint32)
+            value[where] = self.device[self.full(address + offset)[where] // 4 + i]
+            found.append(value.view(np.float32) if kind is F32 else value)
+        return found
+
     def store_pair(self, address, offset, values, predicate):
         where = self.full(predicate)
         for i, value in enumerate(values):
@@ -180,16 +223,26 @@ class Machine:
 @pytest.fixture
 def patched(monkeypatch: pytest.MonkeyPatch):
     """The device module with its types and instructions replaced by a machine's."""
-    from cute_kernels.device import phase1_bwd, phase1_queries
+    from cute_kernels.device import phase1_bwd, phase1_queries, rounding
 
     def patch(machine: Machine) -> types.ModuleType:
-        for name in ("ldmatrix", "mma", "mma_k8", "pack", "unpack", "split_vector", "transpose"):
+        for name in ("ldmatrix", "mma", "mma_k8", "pack", "unpack", "split_vector", "transpose", "stochastic"):
             monkeypatch.setattr(phase1_bwd, name, getattr(machine, name))
         for name in ("load_shared", "store_shared", "store_cluster", "load_scalar", "store_pair"):
             monkeypatch.setattr(phase1_bwd, name, getattr(machine, name))
-        monkeypatch.setattr(phase1_queries, "mma", machine.mma)
+        for name in ("mma", "unpack", "load_vector"):
+            monkeypatch.setattr(phase1_queries, name, getattr(machine, name))
         for name, value in {"Float32": F32, "Int32": I32, "Int64": I32, "select": np.where}.items():
             monkeypatch.setattr(phase1_bwd, name, value)
+            monkeypatch.setattr(phase1_queries, name, value)
+        monkeypatch.setattr(phase1_queries, "Boolean", np.asarray)
+        monkeypatch.setitem(phase1_queries.TYPES, "fp32", F32)
+        monkeypatch.setattr(F32, "width", 32, raising=False)
+        # A loop in the kernel
+        monkeypatch.setattr(phase1_queries.QueryReader, "peak", peak)
+        monkeypatch.setattr(phase1_bwd, "inverse", lambda scale: 1 / scale)
+        for name, value in {"Float32": Float, "Int32": Int, "select": select, "multiply": multiply}.items():
+            monkeypatch.setattr(rounding, name, value)
         monkeypatch.setattr(phase1_bwd, "exp_difference", lambda a, b: np.exp(a - b))
         monkeypatch.setattr(phase1_bwd, "power_of_two_scale", power_of_two_scale)
         monkeypatch.setattr(cutlass, "min", np.minimum)
@@ -205,8 +258,24 @@ def patched(monkeypatch: pytest.MonkeyPatch):
     return patch
 
 
+def select(condition, yes, no):
+    return np.where(condition, yes, no).view(Word)
+
+
+def multiply(x, factor):
+    product = x.astype(np.uint32).astype(np.uint64) * np.uint64(factor)
+    return Int(product >> np.uint64(32)), Int(product & np.uint64(0xFFFFFFFF))
+
+
+def peak(reader, octet):
+    found = 0.0
+    for row in range(8):
+        found = np.where(reader.lane.c == row, reader.row_peak(I32(octet * 8 + row)), found)
+    return found.astype(np.float32)
+
+
 def power_of_two_scale(peak):
-    exponent = 13 - np.floor(np.log2(peak))
+    exponent = 13 - np.floor(np.log2(np.maximum(peak, 2.0**-113)))
     return np.exp2(exponent).astype(np.float32), np.exp2(-exponent).astype(np.float32)
 
 
@@ -237,6 +306,15 @@ def rows_of(values: np.ndarray, machine: Machine, config: Phase1BwdConfig, half:
         (456, 7, 12, {"scaled": True, "dtype": "fp16", "query": "fp16"}),
         (2048, 5, 8, {"scaled": True, "query": "fp32", "accumulate": True}),
         (112, 3, 20, {"scaled": True}),
+        (2048, 4, 8, {"stochastic": True}),
+        (1024, 8, 24, {"stochastic": True, "accumulate": True}),
+        (7168, 8, 24, {"stochastic": True, "query": "fp32"}),
+        (456, 7, 12, {"stochastic": True, "dtype": "fp16", "query": "fp16"}),
+        (2048, 5, 8, {"stochastic": True, "query": "fp32", "scaled": True, "accumulate": True}),
+        (384, 8, 32, {"stochastic": True, "dtype": "fp16", "query": "fp32", "key_weight": "fp32", "scaled": True}),
+        (456, 3, 9, {"stochastic": True, "dtype": "fp16"}),
+        (112, 2, 20, {"stochastic": True, "query": "fp16"}),
+        (8, 1, 1, {"stochastic": True, "query": "fp32"}),
     ],
 )
 def test_gradients_of_a_few_tokens(patched, hidden_size: int, sources: int, queries: int, given: dict) -> None:
@@ -251,6 +329,9 @@ def test_gradients_of_a_few_tokens(patched, hidden_size: int, sources: int, quer
     def stored(*size: int, half: bool | None = None) -> np.ndarray:
         return machine.numbers(machine.halves(rng.standard_normal(size, np.float32), half), half)
 
+    def parameters(values: np.ndarray, dtype: str) -> np.ndarray:
+        return values if dtype == "fp32" else machine.numbers(machine.halves(values, dtype == "fp16"), dtype == "fp16")
+
     half = config.scaled or machine.half
     rows, row_scale = stored(tokens, sources, hidden_size, half=half), np.ones((tokens, sources), np.float32)
     if config.scaled:
@@ -258,8 +339,10 @@ def test_gradients_of_a_few_tokens(patched, hidden_size: int, sources: int, quer
     v = rows * row_scale[..., None]
     d_out, old = stored(queries, tokens, hidden_size), stored(tokens, sources, hidden_size)
     u = rng.standard_normal((queries, hidden_size), np.float32) * np.float32(1.5 / np.sqrt(hidden_size))
-    if config.query_terms == 1:
-        u = machine.numbers(machine.halves(u))
+    u = query = parameters(u, config.query)
+    if config.key_weight:
+        key_weight = parameters(1 + 0.25 * rng.standard_normal(u.shape, np.float32), config.key_weight)
+        u = query * key_weight
     d_lse = rng.standard_normal((queries, tokens)) * config.d_lse
     scale = 0.7
 
@@ -281,7 +364,8 @@ def test_gradients_of_a_few_tokens(patched, hidden_size: int, sources: int, quer
     memory = device.Memory(config, Pointer())
     forward = [machine.place(x) for x in (lse, logits.transpose(0, 2, 1), rstd.T, d_lse)]
     scales = [I32(machine.place(row_scale[:, n])) for n in range(sources)]
-    statistics = device.Statistics(*forward, scales, [I32(1)] * sources)
+    seed = 2**41 + 5
+    statistics = device.Statistics(*forward, scales, [I32(1)] * sources, [seed] * config.stochastic)
     found_du = machine.place(np.full((queries, hidden_size), np.nan))
     rank = np.arange(tile.cluster)[:, None, None]
     work = device.Work(rank, I32(0), I32(1), I32(tokens), I32(tokens))
@@ -299,10 +383,14 @@ def test_gradients_of_a_few_tokens(patched, hidden_size: int, sources: int, quer
 
     ring = config.ring_bytes // 4
     machine.shared[:, int(memory.sources) // 4 :][:, :ring] = 0 if config.ragged else 0xFFFFFFFF
-    high = machine.numbers(machine.halves(u))
-    fill(memory.queries, 0, rows_of(high, machine, config))
-    if config.query_terms == 2:
-        fill(memory.queries, queries, rows_of(u - high, machine, config))
+    addresses = [I32(machine.place(query, config.query)), I32(hidden_size)]
+    addresses += [I32(machine.place(key_weight, config.key_weight)), I32(hidden_size)] if config.key_weight else [0, 0]
+    reader = device.QueryReader(kernel, lane, *addresses)
+    if config.scales_queries:
+        kernel.store_query_scales(memory, lane, reader)
+    vectors = queries * tile.columns // 8
+    for first in range(0, vectors, 32):
+        kernel.load_query_vector(memory, lane, reader, np.minimum(lane.lane + first, vectors - 1))
 
     found = np.full((tokens, sources, tile.cluster * tile.cta_columns), np.nan)
 
@@ -322,14 +410,22 @@ def test_gradients_of_a_few_tokens(patched, hidden_size: int, sources: int, quer
         # Every warp does what one warp of the kernel does.
         kernel.item_statistics(memory, work, lane.lane, statistics, item.index, np.float32(scale))
 
+    drawn = np.full(found.shape, np.nan, np.float32)
+
     def end(turn: int, number: int) -> None:
-        kernel.mix(memory, lane, kernel.item(I32(turn), number), sums)
+        kernel.mix(memory, work, lane, kernel.item(I32(turn), number), sums, statistics.seeds)
         if number == config.items - 1:
             first = (int(memory.stage) + turn % tile.stages * config.stage_bytes) // 4
             written = machine.shared[:, first : first + sources * words].reshape(tile.cluster, sources, words)
             written = written[..., : tile.cta_columns // 2]
             pairs = np.stack([machine.numbers(written & 0xFFFF), machine.numbers(written >> 16)], -1)
             found[turn] = pairs.reshape(tile.cluster, sources, -1).swapaxes(0, 1).reshape(sources, -1)
+            for tile_number, values in enumerate(machine.drawn):
+                column = machine.full(lane.column + tile_number * 8 + lane.q * 2)
+                there = machine.full(lane.c < sources)
+                for e in range(2):
+                    drawn[turn, machine.full(lane.c)[there], column[there] + e] = values[there, e]
+            machine.drawn.clear()
 
     items = [(turn, number) for turn in range(tokens) for number in range(config.items)]
     for now, before in zip([*items, None], [None, *items], strict=True):
@@ -338,12 +434,20 @@ def test_gradients_of_a_few_tokens(patched, hidden_size: int, sources: int, quer
         if before:
             end(*before)
     kernel.store_du(work, lane, found_du, sums.du)
-    found = found[..., :hidden_size]
+    found, drawn = found[..., :hidden_size], drawn[..., :hidden_size]
     found_du = machine.device.view(np.float32)[found_du // 4 :][: du.size].reshape(du.shape)
 
-    rounded = machine.numbers(machine.halves(d_v.astype(np.float32)))
-    floor = np.linalg.norm(rounded - d_v)
-    assert np.linalg.norm(found - d_v) <= 1.05 * floor + 1e-6 * np.linalg.norm(d_v)
+    if config.stochastic:
+        # fp32's accuracy (two bf16 terms have up to 2e-6), and the random bits of every backend
+        assert np.linalg.norm(drawn - d_v) <= 4e-7 * np.linalg.norm(d_v)
+        dtype = torch.float16 if machine.half else torch.bfloat16
+        by_row = torch.from_numpy(drawn.swapaxes(0, 1).reshape(sources * tokens, hidden_size).copy())
+        expected = rounding.stochastic(by_row, dtype, seed, rounding.D_SOURCES).float()
+        assert np.array_equal(found.swapaxes(0, 1).reshape(by_row.shape), expected.numpy())
+    else:
+        rounded = machine.numbers(machine.halves(d_v.astype(np.float32)))
+        floor = np.linalg.norm(rounded - d_v)
+        assert np.linalg.norm(found - d_v) <= 1.05 * floor + 1e-6 * np.linalg.norm(d_v)
     # Weights of two terms have 17 bits (bf16) or 22; of three, fp32's own.
     wanted = 1e-6 if config.weight_terms == 3 or config.dtype == "fp16" else 2e-5
     assert np.linalg.norm(found_du - du) <= wanted * np.linalg.norm(du) + 1e-6

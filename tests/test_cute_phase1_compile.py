@@ -25,6 +25,7 @@ def name(case: tuple) -> str:
     config = case[2]
     weight = f"x{config.key_weight}" if config.key_weight else ""
     scaled = "-scaled" if isinstance(config, Phase1Config) and config.scaled_sources else ""
+    scaled += "-stochastic" if getattr(config, "stochastic", False) else ""
     sizes = f"D{config.hidden_size}-N{config.num_sources}-S{config.num_queries}"
     return f"{sizes}-{config.dtype}{scaled}-{config.query}{weight}"
 
@@ -131,8 +132,9 @@ def test_every_backward_that_is_not_refused_has_a_tile(dtype):
             assert num_queries > 16
             assert hidden_size > 5120
             continue
-        for query, key_weight, accumulate in itertools.product(["bf16", "fp32"], [None, "fp32"], [False, True]):
-            config = phase1_bwd_config(dtype=dtype, query=query, key_weight=key_weight, accumulate=accumulate, **shape)
+        for options in itertools.product(["bf16", "fp32"], [None, "fp32"], [False, True], [False, True]):
+            given = dict(zip(("query", "key_weight", "accumulate", "stochastic"), options, strict=True))
+            config = phase1_bwd_config(dtype=dtype, **given, **shape)
             tile = config.tile
             assert config.shared_bytes <= SHARED_LIMIT
             assert config.threads <= 384

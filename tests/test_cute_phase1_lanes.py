@@ -14,7 +14,7 @@ pytest.importorskip("cutlass")
 
 import cutlass
 import cutlass.cute as cute
-from test_cute_phase1_bwd_lanes import F32, I32, LANES, Machine, Pointer
+from test_cute_phase1_bwd_lanes import F32, I32, LANES, Machine, Pointer, peak
 
 from attnres import oracle, rounding
 from attnres.scaled import ScaledTensor
@@ -62,14 +62,6 @@ class ForwardMachine(Machine):
     def fetch(self, address: int, like: torch.Tensor) -> torch.Tensor:
         words = like.numel() * like.element_size() // 4
         return torch.from_numpy(self.device[address // 4 :][:words].copy()).view(like.dtype).view(like.shape)
-
-    def load_vector(self, kind, address, offset, predicate):
-        where, found = self.full(predicate), []
-        for i in range(4):
-            value = np.zeros(self.shape, np.uint32)
-            value[where] = self.device[self.full(address + offset)[where] // 4 + i]
-            found.append(value.view(np.float32) if kind is F32 else value)
-        return found
 
     def store_scalar(self, address, value, predicate):
         self.store_pair(address, 0, [value], predicate)
@@ -189,13 +181,6 @@ def machine(monkeypatch: pytest.MonkeyPatch):
 def shuffle_sync(machine):
     # As PTX has it, the lane is taken modulo 32: rows of output that are not stored ask for lanes past the last.
     return lambda value, source: np.take_along_axis(machine.full(value), machine.full(source) % 32, -1)
-
-
-def peak(reader, octet):
-    found = 0.0
-    for row in range(8):
-        found = np.where(reader.lane.c == row, reader.row_peak(I32(octet * 8 + row)), found)
-    return found.astype(np.float32)
 
 
 def draw(kernel, work, lane, outputs, item, both, segment, stage):

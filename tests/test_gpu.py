@@ -144,7 +144,10 @@ def test_phase_1_backward_adds_to_gradients(
 
 # One, two and three octets of queries, in clusters of 1, 4 and 8.
 @pytest.mark.parametrize(("size", "depth", "queries"), [(2048, 4, 8), (4096, 8, 16), (7168, 8, 16), (7168, 8, 24)])
-def test_phase_1_backward_gives_the_same_bits_again_and_again(size: int, depth: int, queries: int) -> None:
+@pytest.mark.parametrize("seed", [None, 2**41 + 3])
+def test_phase_1_backward_gives_the_same_bits_again_and_again(
+    seed: int | None, size: int, depth: int, queries: int
+) -> None:
     from cute_kernels.phase1_bwd import phase1_bwd
 
     tokens, device = 2001, {"device": "cuda"}
@@ -157,9 +160,8 @@ def test_phase_1_backward_gives_the_same_bits_again_and_again(size: int, depth: 
 
     def gradients() -> list[torch.Tensor]:
         found = [torch.full_like(value, torch.nan) for value in (*sources, given)]
-        phase1_bwd(
-            d_out, d_lse, sources, given, None, inputs.EPS, 1.0, lse, logits, rstd, found[:-1], False, found[-1], None
-        )
+        arguments = (d_out, d_lse, sources, given, None, inputs.EPS, 1.0, lse, logits, rstd)
+        phase1_bwd(*arguments, found[:-1], False, found[-1], None, seed=seed)
         return found
 
     first = gradients()

@@ -118,7 +118,7 @@ def test_explain_covers_every_function() -> None:
 
 
 LAUNCHERS = ("mix_fwd", "mix_bwd", "phase1_fwd", "phase1_bwd", "phase2_fwd", "phase2_bwd", "serve_step")
-CUTE_LAUNCHERS = ("mix_fwd", "phase1_fwd", "phase2_fwd", "phase2_bwd", "serve_step")
+CUTE_LAUNCHERS = ("mix_fwd", "phase1_fwd", "phase1_bwd", "phase2_fwd", "phase2_bwd", "serve_step")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import attnres
-from attnres import ScaledTensor, dtypes, inputs, numerics, oracle, rounding
+from attnres import ScaledTensor, contracts, dtypes, inputs, numerics, oracle, rounding
 from attnres import backend as backends
 from attnres.inputs import Shape
 from attnres.scaled import SCALED_FP16
@@ -200,7 +200,7 @@ def test_cute_refuses_what_it_has_no_kernel_for() -> None:
         ("mix_fwd", ("gradients of several dtypes", "stochastic rounding")),
         ("mix_bwd", ("gradients of several dtypes", "stochastic rounding")),
         ("phase1_fwd", ("gradients of several dtypes",)),
-        ("phase1_bwd", ("gradients of several dtypes", "stochastic rounding")),
+        ("phase1_bwd", ("gradients of several dtypes",)),
         ("phase2_bwd", ("gradients of several dtypes", "stochastic rounding")),
     ):
         call["op"] = op
@@ -502,7 +502,7 @@ def test_cute_draws_phase_1_as_torch_does(
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["triton", "auto"])
 @pytest.mark.parametrize("storage", [None, SCALED_FP16])
-def test_phase_1_on_the_gpu(storage: str | None, backend: str) -> None:
+def test_phase_1_on_the_gpu(storage: str | None, backend: str, ran: list[tuple[str, str]]) -> None:
     for shape in (Shape(7, 7186, 3, 5), Shape(1000, 2048, 4, 8), Shape(33, 8192, 12, 24)):
         case = inputs.make_case("phase1", shape, dtype="bf16", device="cuda")
         with attnres.checked("full"), attnres.use_backend(backend):
@@ -510,6 +510,72 @@ def test_phase_1_on_the_gpu(storage: str | None, backend: str) -> None:
             given = {"storage": storage, "stochastic_seed": 12}
             out, lse = attnres.phase_1(blocks, **case.arguments, **given)
             (out.to(FP32).square().sum() + lse.sum()).backward()
+    on_cute = backend == "auto" and torch.cuda.get_device_capability() == (9, 0)
+    assert ("phase1_bwd", "cute" if on_cute else "triton") in ran
+
+
+def blocks_gradients(case: inputs.Case, backend: str, had: list[Tensor] | None, seed: int) -> list[Tensor]:
+    """Of phase1_bwd, after Triton's forward; added to those that are there, if any."""
+    arguments = case.arguments
+    stand_ins, values, scales = contracts.parts(arguments["block_representations"])
+    sources, queries, weight = values or stand_ins, arguments["pseudo_queries"], arguments["rms_weight"]
+    weights = None if weight is None else weight.expand(queries.shape)
+    d_out, d_lse = case.grad_outputs["out"], case.grad_outputs["lse"]
+    lse, logits = torch.empty_like(d_lse), d_lse.new_empty(len(queries), len(sources), d_lse.shape[1])
+    given, statistics = (queries, weights, EPS, arguments["scale"]), (lse, logits, torch.empty_like(logits[0]))
+    precision = {} if scales is None else {"source_scales": scales}
+    backends.launcher("phase1_fwd", "triton")(sources, *given, torch.empty_like(d_out), *statistics, **precision)
+    found = [torch.full_like(value, math.nan) for value in stand_ins] if had is None else [v.clone() for v in had]
+    parameters = torch.empty_like(queries), None if weights is None else torch.empty_like(queries)
+    run = backends.launcher("phase1_bwd", backend)
+    run(d_out, d_lse, sources, *given, *statistics, found, had is not None, *parameters, seed=seed, **precision)
+    return found
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "bf16/fp32", "fp16/fp32", "fp16_scaled", "fp16_scaled/fp32"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(1, 8, 1, 1, key_weight=False),
+        Shape(257, 2048, 4, 8, key_weight=False),
+        Shape(7, 384, 5, 3),
+        Shape(61, 4104, 7, 12),
+        Shape(40, 4096, 8, 32, key_weight=False),
+        Shape(33, 7168, 8, 24, key_weight=False),
+        Shape(33, 7168, 8, 24),
+    ],
+    ids=lambda shape: shape.for_op("phase1"),
+)
+def test_cute_draws_the_blocks_gradients_of_triton(shape: Shape, dtype: str, accumulate: bool) -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the CuTe kernels need a Hopper GPU")
+    check_blocks_gradients(inputs.make_case("phase1", shape, dtype=dtype, device="cuda", seed=5), accumulate, "cute")
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16/fp32", "fp16_scaled"])
+def test_torch_draws_the_blocks_gradients_of_triton(dtype: str, accumulate: bool) -> None:
+    check_blocks_gradients(inputs.make_case("phase1", Shape(5, 40, 3, 2), dtype=dtype), accumulate, "torch")
+
+
+def check_blocks_gradients(case: inputs.Case, accumulate: bool, backend: str) -> None:
+    """Neighbours of the exact numbers, and the same bits but where float32 sums differ."""
+    seed = 2**41 + 3
+    stand_ins, _, _ = contracts.parts(case.arguments["block_representations"])
+    had = [rows(*value.shape, seed=i).to(value) for i, value in enumerate(stand_ins)] if accumulate else None
+    references = oracle.reference("phase1", {**case.arguments, "stochastic_seed": seed}, case.grad_outputs)
+    reference, equal = references["d_block_representations"], []
+    for i, (found, wanted) in enumerate(
+        zip(*(blocks_gradients(case, name, had, seed) for name in (backend, "triton")), strict=True)
+    ):
+        before = 0 if had is None else had[i].double()
+        plain32 = [value.double() + before for value in reference[i].plain32]
+        judged = {"kind": "gradient", "plain32": plain32, "noise": reference[i].noise, "stochastic": True}
+        assert all(numerics.judge(value, reference[i].exact + before, **judged).ok for value in (found, wanted))
+        equal.append((found == wanted).float().mean())
+    assert torch.stack(equal).mean() > 0.99
 
 
 @pytest.mark.gpu

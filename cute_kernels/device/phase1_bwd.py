@@ -21,6 +21,9 @@ Rows are read from device memory once. Deterministic: every sum has a fixed orde
 
 Sources of scaled fp16 are rows x_n with v_n = s_n x_n, s_n a power of two for each: products are made of the rows as
 stored, scales enter by the weights alone. Beside bf16 gradients, the rows become two bf16 terms, which is exact.
+
+Sources' gradients that are rounded stochastically are sums of fp32's accuracy: bf16 weights have a third term, and queries
+that the gradients' dtype cannot hold are two fp16 terms, times a power of two.
 """
 
 from typing import Any, NamedTuple
@@ -28,7 +31,7 @@ from typing import Any, NamedTuple
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float16, Float32, Int32, Int64, const_expr
+from cutlass import Float16, Float32, Int32, Int64, Numeric, const_expr
 from cutlass.memory import SmemAllocator
 
 from cute_kernels.config import ITEM_BYTES, LANES, VECTOR
@@ -77,6 +80,7 @@ from cute_kernels.device.mma import (
 )
 from cute_kernels.device.phase1_queries import TYPES, ChainedSum, QueryReader
 from cute_kernels.device.pipelines import EVICT_FIRST, producer_state
+from cute_kernels.device.rounding import D_SOURCES, inverse, philox, stochastic, transpose_words
 from cute_kernels.device.rows import add, exp_difference, tree
 
 ITEM = ITEM_BYTES
@@ -100,8 +104,11 @@ class Memory:
         # [stages, N, row_bytes]
         stage_at = queries_at + config.query_bytes
         self.stage = self.sources + stage_at
+        # [octets * 8], fp32
+        query_scales_at = stage_at + tile.stages * config.stage_bytes
+        self.query_scales = self.sources + query_scales_at
         # [BUFFERS, STATISTICS_BYTES]
-        statistics_at = stage_at + tile.stages * config.stage_bytes
+        statistics_at = query_scales_at + config.query_scale_bytes
         self.statistics = self.sources + statistics_at
         # [partial_buffers, warps, partial_bytes]
         self.partial = self.statistics + BUFFERS * STATISTICS_BYTES
@@ -145,18 +152,25 @@ class Item(NamedTuple):
     index: Int32  # over all items
 
 
+class Weight(NamedTuple):
+    """An octet's weights as an mma operand: its terms, the high one first. Rows are sources, K the octet's queries."""
+
+    dtype: type[Numeric]
+    terms: list[Pair]
+
+
 class Weights(NamedTuple):
     """An item's weights as mma operands; the octets in turn."""
 
-    # (high, low): rows are sources, K the octet's queries
-    p: list[tuple[Pair, Pair]]
-    g: list[tuple[Pair, Pair]]
-    # (high, low), on their diagonals: of a token's last item
-    pull: tuple[Pair, Pair] | None
+    p: list[Weight]
+    g: list[Weight]
+    # on its terms' diagonals: of a token's last item
+    pull: Weight | None
     # what is multiplied with sources for du: each term of the octets' g, whose rows are queries
     of_sources: list[list[Pair]]
     # undo the powers of two of fp16 weights: of what makes d_sources, of what makes du
-    unscale: list[Float32] | None
+    unscale: Float32 | None
+    value_unscale: Float32 | None
 
 
 class Sums(NamedTuple):
@@ -170,7 +184,7 @@ class Sums(NamedTuple):
 class Phase1BwdKernel:
     def __init__(self, config: Phase1BwdConfig):
         self.config, self.tile = config, config.tile
-        self.dtype = TYPES[config.dtype]
+        self.dtype, self.query_dtype = TYPES[config.dtype], TYPES[config.query_dtype]
         self.warp_columns = config.tile.columns
         self.ragged = config.ragged
         self.mixed = config.scaled and self.dtype is not Float16
@@ -275,7 +289,7 @@ class Phase1BwdKernel:
                 work = cluster_work(tile.cluster, tokens)
                 lane = self.place(work, warp, thread % LANES)
                 self.load_queries(memory, lane, queries, query_stride, key_weights, key_weight_stride)
-                self.consume(memory, work, lane, du)
+                self.consume(memory, work, lane, du, statistics.seeds)
         if const_expr(tile.cluster > 1):
             # No CTA may leave while another can still write to its shared memory.
             sync_cluster(tile.cluster)
@@ -467,6 +481,10 @@ class Phase1BwdKernel:
     @cute.jit
     def load_queries(self, memory: Memory, lane: Lane, queries: Int64, query_stride, key_weights, key_weight_stride):
         """The terms of the effective queries over the warp's columns, to shared memory."""
+        if const_expr(self.config.scales_queries):
+            self.store_query_scales(
+                memory, lane, QueryReader(self, lane, queries, query_stride, key_weights, key_weight_stride)
+            )
         vectors = self.config.num_queries * self.warp_columns // VECTOR
         for index in cutlass.range(lane.lane, vectors, LANES, unroll=2):
             # Made in here: a loop cannot carry it
@@ -480,11 +498,32 @@ class Phase1BwdKernel:
         query, column = index // per_row, index % per_row * VECTOR
         given = reader.load(query, column)
         terms = given[:1]
-        if config.query_terms > 1:
-            terms = split_vector(self.dtype, reader.product(given), config.query_terms)
+        if config.query_terms > 1 or config.scales_queries:
+            product = reader.product(given)
+            if config.scales_queries:
+                (unscale,) = load_shared(Float32, memory.query_scales + query * 4, 0, 1)
+                product = [value * inverse(unscale) for value in product]
+            terms = split_vector(self.query_dtype, product, config.query_terms)
         at = memory.queries + lane.offset + query * row_bytes + column * ITEM
         for i, term in enumerate(terms):
             store_shared(at, i * config.num_queries * row_bytes, term)
+
+    def store_query_scales(self, memory: Memory, lane: Lane, reader: QueryReader) -> None:
+        """What undoes the powers of two of the queries' terms: these are below 2^8, in the middle of fp16's range, so that
+        neither their second terms nor those of weights are subnormal.
+        """
+        config, warps = self.config, self.tile.warps
+        # The second buffer: by its first use, all warps have been here.
+        peaks = memory.partial + warps * config.partial_bytes + lane.c * 4
+        for octet in range(config.octets):
+            store_shared(peaks + lane.warp * config.partial_bytes, octet * OCTET * 4, [reader.peak(octet)])
+        cute.arch.barrier(barrier_id=CONSUMERS, number_of_threads=warps * LANES)
+        for octet in range(config.octets):
+            at = [octet * OCTET * 4 + warp * config.partial_bytes for warp in range(warps)]
+            peak = tree(cute.arch.fmax, [load_shared(Float32, peaks, offset, 1)[0] for offset in at])
+            _, unscale = power_of_two_scale(peak)
+            store_shared(memory.query_scales + lane.c * 4, octet * OCTET * 4, [unscale * Float32(64.0)])
+        cute.arch.sync_warp()
 
     def steps(self) -> list[range]:
         """The warp's tiles by fours, as one ldmatrix reads them. The last may be two."""
@@ -520,7 +559,7 @@ class Phase1BwdKernel:
         )
 
     @cute.jit
-    def consume(self, memory: Memory, work: Work, lane: Lane, du: Int64):
+    def consume(self, memory: Memory, work: Work, lane: Lane, du: Int64, seeds: list):
         items, tiles = self.config.items, self.warp_columns // 8
         sums = Sums(
             cute.make_rmem_tensor((2, tiles, self.config.octets), Float32),
@@ -535,13 +574,13 @@ class Phase1BwdKernel:
                 self.products(memory, lane, item)
                 self.exchange(memory, work, lane, item)
             if turn > 0:
-                self.mix(memory, lane, self.item(turn - 1, items - 1), sums)
+                self.mix(memory, work, lane, self.item(turn - 1, items - 1), sums, seeds)
             if turn < work.items:
                 for number in cutlass.range_constexpr(1, items):
                     item = self.item(turn, number)
                     self.products(memory, lane, item)
                     self.exchange(memory, work, lane, item)
-                    self.mix(memory, lane, self.item(turn, number - 1), sums)
+                    self.mix(memory, work, lane, self.item(turn, number - 1), sums, seeds)
         self.store_du(work, lane, du, sums.du)
 
     def source_slot(self, memory: Memory, turn: Int32) -> tuple[Int32, Int32, Int32]:
@@ -684,26 +723,35 @@ class Phase1BwdKernel:
             diagonal = [[select(lane.c == lane.q * 2 + e, pull[e], zero) for e in range(2)]]
         else:
             sums.pull[0], sums.pull[1] = pull
-        unscale = None
-        if self.dtype is Float16:
-            power, inverse = self.scale_of([*ps, *gs, *diagonal])
-            # Where sources are scaled, what makes du may be of another magnitude.
-            value_power, value_inverse = self.scale_of(value_gs) if config.scaled else (power, inverse)
+        if config.scales_queries:
+            for i, octet in enumerate(item.octets):
+                (query_unscale,) = load_shared(Float32, memory.query_scales + lane.c * 4, octet * OCTET * 4, 1)
+                gs[i] = [query_unscale * value for value in gs[i]]
+        unscale = value_unscale = None
+        if Float16 in (self.dtype, self.query_dtype):
+            power, unscale = self.scale_of([*ps, *gs, *diagonal])
             ps, gs, diagonal = ([[power * value for value in pair] for pair in pairs] for pairs in (ps, gs, diagonal))
+        if self.dtype is Float16:
+            # Where sources are scaled, what makes du may be of another magnitude.
+            apart = config.scaled or config.scales_queries
+            value_power, value_unscale = self.scale_of(value_gs) if apart else (power, unscale)
             value_gs = [[value_power * value for value in pair] for pair in value_gs]
-            unscale = [inverse, value_inverse]
 
-        def split(pairs: list[list[Float32]], terms: int) -> list[list[Pair]]:
-            return [[term[0] for term in split_vector(self.dtype, pair, terms)] for pair in pairs]
+        def split(pairs: list[list[Float32]], terms: int, dtype: type[Numeric] = self.dtype) -> list[list[Pair]]:
+            return [[term[0] for term in split_vector(dtype, pair, terms)] for pair in pairs]
 
         of_sources = split(value_gs, config.weight_terms)
-        of_queries = split(gs, 2) if config.scaled else of_sources
+        count, query_count = config.mix_terms(config.dtype), config.mix_terms(config.query_dtype)
+        of_queries = [terms[:2] for terms in of_sources]
+        if config.scaled or config.stochastic:
+            of_queries = split(gs, query_count, self.query_dtype)
         return Weights(
-            p=[(transpose(high), transpose(low)) for high, low in split(ps, 2)],
-            g=[(transpose(terms[0]), transpose(terms[1])) for terms in of_queries],
-            pull=tuple(split(diagonal, 2)[0]) if item.last else None,
+            p=[Weight(self.dtype, [transpose(term) for term in terms]) for terms in split(ps, count)],
+            g=[Weight(self.query_dtype, [transpose(term) for term in terms]) for terms in of_queries],
+            pull=Weight(self.dtype, split(diagonal, count)[0]) if item.last else None,
             of_sources=[list(terms) for terms in zip(*of_sources, strict=True)],
             unscale=unscale,
+            value_unscale=value_unscale,
         )
 
     def scale_of(self, pairs: list[list[Float32]]) -> tuple[Float32, Float32]:
@@ -713,7 +761,7 @@ class Phase1BwdKernel:
             peak = cute.arch.fmax(peak, cute.arch.shuffle_sync_bfly(peak, offset=offset))
         return power_of_two_scale(peak)
 
-    def mix(self, memory: Memory, lane: Lane, item: Item, sums: Sums) -> None:
+    def mix(self, memory: Memory, work: Work, lane: Lane, item: Item, sums: Sums, seeds: list) -> None:
         """An item's gradients over the warp's columns: adds to du and d_sources.
 
         After a token's last item, d_sources are rounded into the staging buffer.
@@ -724,16 +772,16 @@ class Phase1BwdKernel:
         addend_rows = self.rows(lane, source_slot + config.num_sources * tile.row_bytes, config.num_sources)
         adds = item.last and config.accumulate
         # (address, rows) of what p and g are multiplied with, an octet of rows each
-        factors, released = [], []
+        outputs, queries, released = [], [], []
         for octet in item.octets:
             index, _, slot = self.output_slot(memory, item.turn, octet)
-            factors.append((slot, config.octet_rows(octet)))
+            outputs.append((slot, config.octet_rows(octet)))
             released.append(index)
         for term in range(config.query_terms):
             for octet in item.octets:
                 first = (term * config.num_queries + octet * OCTET) * tile.row_bytes
-                factors.append((memory.queries + first, config.octet_rows(octet)))
-        pairs = [factors[i : i + 2] for i in range(0, len(factors), 2)]
+                queries.append((memory.queries + first, config.octet_rows(octet)))
+        pairs = self.pairs(outputs, queries)
         pair_rows = [self.pair_rows(lane, *pair) if len(pair) == 2 else self.rows(lane, *pair[0]) for pair in pairs]
 
         def load(step: int) -> list[list[Any]]:
@@ -751,8 +799,9 @@ class Phase1BwdKernel:
         steps = self.steps()
         loaded = load(0) if self.ahead else []
         weights = self.weights(memory, lane, item, sums)
-        octets = weights.p + weights.g * config.query_terms
-        operands = [octets[i : i + 2] for i in range(0, len(octets), 2)]
+        operands = self.pairs(weights.p, weights.g * config.query_terms)
+        rounds = item.last and config.stochastic
+        row = lane.c * work.tokens + work.item(item.turn) if rounds else None
         stage_index = item.turn % tile.stages
         stage = memory.stage + stage_index * config.stage_bytes + lane.offset + lane.c * tile.row_bytes + lane.q * 4
         if item.last:
@@ -761,22 +810,30 @@ class Phase1BwdKernel:
             sources, *rest = loaded if self.ahead else load(step)
             # Before this step's stores: the compiler cannot tell that they go elsewhere.
             loaded = load(step + 1) if self.ahead and step + 1 < len(steps) else []
+            words = self.random_words(lane, row, seeds[0], tiles[0]) if rounds else []
             for i, k in enumerate(tiles):
                 source, total = self.source_terms(sources[i]), None
                 self.add_products(weights, source, sums.du, k, item)
                 for term in source if item.last else ():
-                    total = mma_k8(self.dtype, weights.pull, term, total)
+                    total = self.product([weights.pull], (term,), total)
                 for operand, matrices in zip(operands, rest, strict=False):
                     total = self.product(operand, matrices[i], total)
+                for operand, matrices in zip(operands, rest, strict=False):
+                    total = self.add_thirds(operand, matrices[i], total)
+                if item.last:
+                    # Of a source's own second term, it is too small.
+                    total = self.add_thirds([weights.pull], source[:1], total)
                 d_source = [total[e] + total[2 + e] for e in range(2)]
                 if weights.unscale is not None:
-                    d_source = [value * weights.unscale[0] for value in d_source]
+                    d_source = [value * weights.unscale for value in d_source]
                 if not item.first:
                     d_source = [d_source[e] + sums.d_sources[e, k] for e in range(2)]
                 if adds:
                     d_source = [
                         value + old for value, old in zip(d_source, unpack(self.dtype, rest[-1][i]), strict=True)
                     ]
+                if rounds:
+                    d_source = stochastic(d_source, self.dtype, words[i : i + 1])
                 if item.last:
                     packed = pack(self.dtype, *d_source)
                     store_shared(stage, k * 16, [packed], lane.c < config.num_sources)
@@ -795,12 +852,39 @@ class Phase1BwdKernel:
                 cute.arch.mbarrier_arrive(memory.sources_empty + source_index)
                 cute.arch.mbarrier_arrive(memory.staged + stage_index)
 
-    def product(self, octets: list[tuple[Pair, Pair]], rows: tuple[Pair, ...], total: list[Float32] | None):
+    def random_words(self, lane: Lane, row: Int32, seed: Int64, tile: int) -> list[Int32]:
+        """For each of four tiles from `tile` on, the word with the random bits of this lane's two columns.
+
+        A call of Philox makes those of a tile's eight columns: each lane of a quad calls it for one of the tiles.
+        """
+        words = philox(seed, lane.column // VECTOR + tile + lane.q, row, D_SOURCES)
+        return transpose_words(words, lane.q)
+
+    def pairs(self, outputs: list, queries: list) -> list[list]:
+        """What belongs to octets of outputs and of queries, by twos that share an mma: those of one dtype."""
+        if self.query_dtype is self.dtype:
+            outputs, queries = outputs + queries, []
+        return [octets[i : i + 2] for octets in (outputs, queries) for i in range(0, len(octets), 2)]
+
+    def product(self, octets: list[Weight], rows: tuple[Pair, ...], total: list[Float32] | None) -> list[Float32]:
         """Adds one or two octets' weights, high in rows 0 to 7 and low in rows 8 to 15, times their rows."""
-        if len(octets) == 1:
-            return mma_k8(self.dtype, octets[0], rows[0], total)
-        (high_0, low_0), (high_1, low_1) = octets
-        return mma(self.dtype, ((high_0, high_1), (low_0, low_1)), rows, total)
+        high, low = zip(*[octet.terms[:2] for octet in octets], strict=True)
+        return self.octet_products(octets[0].dtype, high, low, rows, total)
+
+    def add_thirds(self, octets: list[Weight], rows: tuple[Pair, ...], total: list[Float32]) -> list[Float32]:
+        """Third terms, where there are any, in rows 8 to 15: their zeros take fewer registers than sums of their own, which
+        the compiler made for many tiles at once.
+        """
+        thirds = [octet.terms[2] for octet in octets if len(octet.terms) > 2]
+        if not thirds:
+            return total
+        return self.octet_products(octets[0].dtype, [Int32(0)] * len(thirds), thirds, rows, total)
+
+    def octet_products(self, dtype: type[Numeric], upper, lower, rows, total: list[Float32] | None) -> list[Float32]:
+        """Adds weights, rows 0 to 7 and rows 8 to 15, times one or two octets of rows."""
+        if len(upper) == 1:
+            return mma_k8(dtype, (upper[0], lower[0]), rows[0], total)
+        return mma(dtype, (tuple(upper), tuple(lower)), rows, total)
 
     def source_terms(self, matrix: Pair) -> tuple[Pair, ...]:
         """A tile of sources in the gradients' dtype."""
@@ -831,8 +915,8 @@ class Phase1BwdKernel:
         for k, octet in enumerate(octets):
             for e in range(2):
                 value = total[2 * k + e]
-                if weights.unscale is not None:
-                    value = value * weights.unscale[1]
+                if weights.value_unscale is not None:
+                    value = value * weights.value_unscale
                 r_du[e, tile, octet] = r_du[e, tile, octet] + value if apart else value
 
     def store_du(self, work: Work, lane: Lane, du: Int64, r_du: cute.Tensor) -> None:

@@ -6,6 +6,7 @@ The random bits of element d of row r: Philox-4x32-10, key seed, counter (d >> 3
 bits of the eight elements of a vector.
 """
 
+import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64, Numeric
 
 from cute_kernels.device.mma import ptx
@@ -14,6 +15,7 @@ from cute_kernels.device.rows import select
 # streams
 PHASE_1_OUT = 0
 PARTIAL_SUM = 1
+D_SOURCES = 2
 ROUNDS = 10
 INFINITE_BITS = 0x7F800000
 
@@ -63,6 +65,17 @@ def philox(seed: Int64, eight: Int32, row: Int32, stream: int) -> list[Int32]:
         k0, k1 = key[0] + Int32(signed(i * 0x9E3779B9)), key[1] + Int32(signed(i * 0xBB67AE85))
         c0, c1, c2, c3 = high2 ^ c1 ^ k0, low2, high0 ^ c3 ^ k1, low0
     return [c0, c1, c2, c3]
+
+
+def transpose_words(words: list[Int32], q: Int32) -> list[Int32]:
+    """Word i of lane q of a quad becomes word q of its lane i."""
+    for offset in (1, 2):
+        upper = (q & offset) != 0
+        for i in (0, 3 - offset):
+            low, high = words[i], words[i + offset]
+            other = cute.arch.shuffle_sync_bfly(select(upper, low, high), offset=offset)
+            words[i], words[i + offset] = select(upper, other, low), select(upper, high, other)
+    return words
 
 
 def stochastic(values: list[Float32], dtype: type[Numeric], words: list[Int32]) -> list[Float32]:
