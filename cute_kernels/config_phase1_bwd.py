@@ -26,23 +26,21 @@ OTHER_WARPS = 4  # a warpgroup: loads, stores, loads of what is added to, statis
 # Of a loading warp and of a consumer, after setmaxnreg
 OTHER_REGISTERS = 40
 CONSUMER_REGISTERS = 232
-# Of a consumer, for gradients, and columns of one warp: more spilled. Where du is added apart from the tensor core, more
-# than 48 spilled; those shapes that fit no other way spill up to 100 bytes (S = 24 at D = 7168, fp32 queries).
+# Of a consumer, for gradients, and columns of one warp: more spilled. Less where du is added apart from the tensor core;
+# those shapes that fit no other way spill up to 100 bytes (S = 24 at D = 7168, fp32 queries).
 GRADIENT_REGISTERS = 112
-APART_REGISTERS = 48
 MAX_COLUMNS = 256
+APART_REGISTERS = 64
+APART_COLUMNS = 128
 # Of gradients, that leave some for the rows of a mix's next step
 AHEAD_REGISTERS = 72
 APART_AHEAD_REGISTERS = 40
 MAX_SLOTS = 4  # of tokens
 SCRATCH_BYTES = 128  # alignment of the allocation
 
-# Of an item, up to two octets of a token's queries; all fp32: p and logits [16, 8], d_lse [16], of the sources [8] scale *
-# rstd, what the pull is multiplied with, rstd, and scales of scaled fp16
-P_AT, LOGITS_AT, D_LSE_AT, FACTORS_AT, PULLS_AT, RSTD_AT, SCALES_AT, STATISTICS_BYTES = (
-    *(0, 512, 1024),
-    *(1088, 1120, 1152, 1184, 1216),
-)
+# Of an item, up to two octets of a token's queries; all fp32: logits [16, 8], lse and d_lse [16], of the sources [8] rstd and
+# scales of scaled fp16
+LOGITS_AT, LSE_AT, D_LSE_AT, RSTD_AT, SCALES_AT, STATISTICS_BYTES = 0, 512, 576, 640, 672, 704
 BUFFERS = 4  # of them; device/phase1_bwd.py says why
 
 
@@ -262,7 +260,7 @@ def phase1_bwd_config(
         (pair, 2, least, GRADIENT_REGISTERS),
         (1, 2, 2, GRADIENT_REGISTERS),
     ):
-        for cluster, warps, columns in _splits(hidden_size):
+        for cluster, warps, columns in _splits(hidden_size, APART_COLUMNS if config.adds_apart else MAX_COLUMNS):
             tile = Phase1BwdTile(cluster, warps, columns, item_octets, sources, outputs, 1)
             found = dataclasses.replace(config, tile=tile)
             if found.shared_bytes <= SHARED_BYTES and found.gradient_registers <= most:
@@ -270,7 +268,7 @@ def phase1_bwd_config(
     return None
 
 
-def _splits(hidden_size: int) -> Iterator[tuple[int, int, int]]:
+def _splits(hidden_size: int, most_columns: int) -> Iterator[tuple[int, int, int]]:
     """(cluster, warps, columns of a warp): the smallest clusters first; of one size, the least padding, then the most
     warps.
     """
@@ -281,7 +279,7 @@ def _splits(hidden_size: int) -> Iterator[tuple[int, int, int]]:
             continue  # a CTA without columns
         fewest = ceil_div(per_cta, MAX_WARPS)
         for per_warp in sorted((fewest, fewest + 1), key=lambda k: (ceil_div(per_cta, k) * k, k)):
-            if per_warp * PIECE <= MAX_COLUMNS:
+            if per_warp * PIECE <= most_columns:
                 yield cluster, ceil_div(per_cta, per_warp), per_warp * PIECE
 
 

@@ -200,11 +200,10 @@ class Machine:
             found.append(elements[..., C, 2 * Q] | elements[..., C, 2 * Q + 1] << 16)
         return found
 
-    def load_scalar(self, address, predicate):
+    def copy_scalar(self, shared, address, predicate=True):
+        ctas, index = self.words(shared)
         where = self.full(predicate)
-        found = np.zeros(self.shape, np.uint32)
-        found[where] = self.device[self.full(address)[where] // 4]
-        return found.view(np.float32)
+        self.shared[ctas[where], index[where]] = self.device[self.full(address)[where] // 4]
 
     def load_vector(self, kind, address, offset, predicate):
         where, found = self.full(predicate), []
@@ -228,7 +227,7 @@ def patched(monkeypatch: pytest.MonkeyPatch):
     def patch(machine: Machine) -> types.ModuleType:
         for name in ("ldmatrix", "mma", "mma_k8", "pack", "unpack", "split_vector", "transpose", "stochastic"):
             monkeypatch.setattr(phase1_bwd, name, getattr(machine, name))
-        for name in ("load_shared", "store_shared", "store_cluster", "load_scalar", "store_pair"):
+        for name in ("load_shared", "store_shared", "store_cluster", "copy_scalar", "store_pair"):
             monkeypatch.setattr(phase1_bwd, name, getattr(machine, name))
         for name in ("mma", "unpack", "load_vector"):
             monkeypatch.setattr(phase1_queries, name, getattr(machine, name))
@@ -408,12 +407,12 @@ def test_gradients_of_a_few_tokens(patched, hidden_size: int, sources: int, quer
         kernel.products(memory, lane, item)
         kernel.exchange(memory, work, lane, item)
         # Every warp does what one warp of the kernel does.
-        kernel.item_statistics(memory, work, lane.lane, statistics, item.index, np.float32(scale))
+        kernel.copy_statistics(memory, work, lane.lane, statistics, item.index)
 
     drawn = np.full(found.shape, np.nan, np.float32)
 
     def end(turn: int, number: int) -> None:
-        kernel.mix(memory, work, lane, kernel.item(I32(turn), number), sums, statistics.seeds)
+        kernel.mix(memory, work, lane, kernel.item(I32(turn), number), sums, np.float32(scale), statistics.seeds)
         if number == config.items - 1:
             first = (int(memory.stage) + turn % tile.stages * config.stage_bytes) // 4
             written = machine.shared[:, first : first + sources * words].reshape(tile.cluster, sources, words)

@@ -207,15 +207,10 @@ def load_vector(kind: type[Numeric], address: Int64, offset: int, predicate: Boo
     return ptx(text, [kind] * 4, [address, predicate], effects=True)
 
 
-def copy_scalar(shared: Int32, address: Int64) -> None:
+def copy_scalar(shared: Int32, address: Int64, predicate: Boolean | None = None) -> None:
     """Starts copying 4 bytes to shared memory, as part of this lane's open cp.async group."""
-    ptx("cp.async.ca.shared.global [$0],[$1],4;", [], [shared, address], effects=True)
-
-
-def load_scalar(address: Int64, predicate: Boolean) -> Float32:
-    """A read-only fp32 number; zero where the predicate is false."""
-    text = "{.reg .b32 t; mov.b32 t,0; @$2 ld.global.nc.b32 t,[$1]; mov.b32 $0,t;}"
-    return ptx(text, [Float32], [address, predicate], effects=True)[0]
+    guard, condition = _guard(predicate, 2)
+    ptx(f"{guard}cp.async.ca.shared.global [$0],[$1],4;", [], [shared, address, *condition], effects=True)
 
 
 def fetch_increment(address: Int64, predicate: Boolean) -> Int32:

@@ -15,7 +15,7 @@ cluster, then over consumer warps; all walk the same items. Per item, a warp doe
 
 in the order products(i + 1), exchange(i + 1), weights(i), mix(i), so that sums have a mix's time to cross the cluster.
 One more warp keeps two rings full, of tokens' sources and of octets' gradients; another stores the sources' gradients
-that consumers stage in shared memory; another keeps a ring of items' statistics full: p and what else the forward saved.
+that consumers stage in shared memory; another keeps a ring of items' statistics full: what the forward saved.
 
 Rows are read from device memory once. Deterministic: every sum has a fixed order.
 
@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float16, Float32, Int32, Int64, Numeric, const_expr
+from cutlass import Boolean, Float16, Float32, Int32, Int64, Numeric, const_expr
 from cutlass.memory import SmemAllocator
 
 from cute_kernels.config import ITEM_BYTES, LANES, VECTOR
@@ -42,12 +42,10 @@ from cute_kernels.config_phase1_bwd import (
     BUFFERS,
     CONSUMER_REGISTERS,
     D_LSE_AT,
-    FACTORS_AT,
     LOGITS_AT,
+    LSE_AT,
     OTHER_REGISTERS,
-    P_AT,
     PIECE,
-    PULLS_AT,
     RSTD_AT,
     SCALES_AT,
     SCRATCH_BYTES,
@@ -63,8 +61,8 @@ from cute_kernels.device.mma import (
     bulk_load,
     bulk_prefetch,
     bulk_store,
+    copy_scalar,
     ldmatrix,
-    load_scalar,
     load_shared,
     mma,
     mma_k8,
@@ -281,7 +279,7 @@ class Phase1BwdKernel:
                     self.load_addends(memory, cluster_work(tile.cluster, tokens), d_sources, d_strides)
                 cute.arch.sync_warp()
             if warp == first + 3:
-                self.fill_statistics(memory, cluster_work(tile.cluster, tokens), thread % LANES, statistics, scale)
+                self.fill_statistics(memory, cluster_work(tile.cluster, tokens), thread % LANES, statistics)
         else:
             if const_expr(tile.moves_registers):
                 cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
@@ -289,7 +287,7 @@ class Phase1BwdKernel:
                 work = cluster_work(tile.cluster, tokens)
                 lane = self.place(work, warp, thread % LANES)
                 self.load_queries(memory, lane, queries, query_stride, key_weights, key_weight_stride)
-                self.consume(memory, work, lane, du, statistics.seeds)
+                self.consume(memory, work, lane, du, scale, statistics.seeds)
         if const_expr(tile.cluster > 1):
             # No CTA may leave while another can still write to its shared memory.
             sync_cluster(tile.cluster)
@@ -310,7 +308,7 @@ class Phase1BwdKernel:
         for buffer in range(BUFFERS):
             # Shares arrive as bytes; the one arrival announces how many.
             cute.arch.mbarrier_init(memory.reduced_ready + buffer, 1)
-            cute.arch.mbarrier_init(memory.statistics_full + buffer, 1)
+            cute.arch.mbarrier_init(memory.statistics_full + buffer, LANES)
             cute.arch.mbarrier_init(memory.statistics_empty + buffer, tile.warps)
 
     @cute.jit
@@ -416,55 +414,43 @@ class Phase1BwdKernel:
     # Statistics
 
     @cute.jit
-    def fill_statistics(self, memory: Memory, work: Work, lane: Int32, statistics: Statistics, scale: Float32):
-        """Keeps the ring of statistics full, items ahead of the consumers, who would wait for these loads."""
-        # One body for all items of a token: unrolled, addresses of each were kept and spilled.
+    def fill_statistics(self, memory: Memory, work: Work, lane: Int32, statistics: Statistics):
+        """Keeps the ring of statistics full. By copies that nobody here waits for: when this warp loaded them, an item took as long
+        as their latency, whatever the consumers did (on an H200, D = 4096, S = 16: .768 -> .804 of copy bandwidth).
+        """
         for index in cutlass.range(work.items * self.config.items, unroll=1):
             buffer = index % BUFFERS
             cute.arch.mbarrier_wait(memory.statistics_empty + buffer, ((index // BUFFERS) & 1) ^ 1)
-            self.item_statistics(memory, work, lane, statistics, index, scale)
-            cute.arch.sync_warp()
-            with cute.arch.elect_one():
-                cute.arch.mbarrier_arrive(memory.statistics_full + buffer)
+            self.copy_statistics(memory, work, lane, statistics, index)
+            cute.arch.cp_async_mbarrier_arrive_noinc(memory.statistics_full + buffer)
 
-    def item_statistics(
-        self, memory: Memory, work: Work, lane: Int32, statistics: Statistics, index: Int32, scale: Float32
-    ) -> None:
-        """An item's, to its buffer. Entry 8s + n of p and logits belongs to query s of the item and source n."""
+    def copy_statistics(self, memory: Memory, work: Work, lane: Int32, statistics: Statistics, index: Int32) -> None:
+        """An item's, to its buffer. Entry 8s + n of logits belongs to query s of the item and source n. What is not there is not
+        copied: see weights.
+        """
         config = self.config
         sources, tokens = config.num_sources, Int64(work.tokens)
         token = work.item(index // config.items)
         at = memory.statistics + index % BUFFERS * STATISTICS_BYTES + lane * 4
         first, source = index % config.items * (self.tile.item_octets * OCTET), lane % OCTET
-        loaded = []
         for piece in range(self.tile.item_octets * 64 // LANES):
             query = first + (lane // OCTET + piece * (LANES // OCTET))
-            there = (query < config.num_queries) & (source < sources)
             logit = statistics.logits + (Int64(query * sources + source) * tokens + token) * 4
-            lse = statistics.lse + (Int64(query) * tokens + token) * 4
-            loaded.append((there, load_scalar(logit, there), load_scalar(lse, there)))
-        rstd = load_scalar(statistics.rstd + (Int64(lane) * tokens + token) * 4, lane < sources)
-        value_rstd = rstd
+            there = (query < config.num_queries) & (source < sources)
+            copy_scalar(at + (LOGITS_AT + piece * LANES * 4), logit, there)
+        query = first + lane
+        there = (lane < self.tile.item_octets * OCTET) & (query < config.num_queries)
+        position = (Int64(query) * tokens + token) * 4
+        copy_scalar(at + LSE_AT, statistics.lse + position, there)
+        if config.d_lse:
+            copy_scalar(at + D_LSE_AT, statistics.d_lse + position, there)
+        copy_scalar(at + RSTD_AT, statistics.rstd + (Int64(lane) * tokens + token) * 4, lane < sources)
         if config.scaled:
             address, stride = statistics.scales[0], statistics.scale_strides[0]
             for n in range(1, sources):
                 address = select(lane == n, statistics.scales[n], address)
                 stride = select(lane == n, statistics.scale_strides[n], stride)
-            row_scale = load_scalar(address + token * stride * 4, lane < sources)
-            value_rstd = rstd * row_scale
-            store_shared(at, SCALES_AT, [row_scale], lane < OCTET)
-        d_lse, query = Float32(0.0), first + lane
-        if config.d_lse:
-            there = (lane < self.tile.item_octets * OCTET) & (query < config.num_queries)
-            d_lse = load_scalar(statistics.d_lse + (Int64(query) * tokens + token) * 4, there)
-        for piece, (there, logit, lse) in enumerate(loaded):
-            p = select(there, exp_difference(logit, lse), Float32(0.0))
-            store_shared(at, P_AT + piece * LANES * 4, [p])
-            store_shared(at, LOGITS_AT + piece * LANES * 4, [logit])
-        store_shared(at, FACTORS_AT, [scale * rstd], lane < OCTET)
-        store_shared(at, PULLS_AT, [value_rstd * Float32(1.0 / config.hidden_size)], lane < OCTET)
-        store_shared(at, RSTD_AT, [rstd], lane < OCTET)
-        store_shared(at, D_LSE_AT, [d_lse], lane < self.tile.item_octets * OCTET)
+            copy_scalar(at + SCALES_AT, address + token * stride * 4, lane < sources)
 
     # Consumers
 
@@ -559,7 +545,7 @@ class Phase1BwdKernel:
         )
 
     @cute.jit
-    def consume(self, memory: Memory, work: Work, lane: Lane, du: Int64, seeds: list):
+    def consume(self, memory: Memory, work: Work, lane: Lane, du: Int64, scale: Float32, seeds: list):
         items, tiles = self.config.items, self.warp_columns // 8
         sums = Sums(
             cute.make_rmem_tensor((2, tiles, self.config.octets), Float32),
@@ -574,13 +560,13 @@ class Phase1BwdKernel:
                 self.products(memory, lane, item)
                 self.exchange(memory, work, lane, item)
             if turn > 0:
-                self.mix(memory, work, lane, self.item(turn - 1, items - 1), sums, seeds)
+                self.mix(memory, work, lane, self.item(turn - 1, items - 1), sums, scale, seeds)
             if turn < work.items:
                 for number in cutlass.range_constexpr(1, items):
                     item = self.item(turn, number)
                     self.products(memory, lane, item)
                     self.exchange(memory, work, lane, item)
-                    self.mix(memory, work, lane, self.item(turn, number - 1), sums, seeds)
+                    self.mix(memory, work, lane, self.item(turn, number - 1), sums, scale, seeds)
         self.store_du(work, lane, du, sums.du)
 
     def source_slot(self, memory: Memory, turn: Int32) -> tuple[Int32, Int32, Int32]:
@@ -677,7 +663,7 @@ class Phase1BwdKernel:
             with cute.arch.elect_one():
                 cute.arch.mbarrier_arrive_and_expect_tx(memory.reduced_ready + buffer, self.tile.cluster * size)
 
-    def weights(self, memory: Memory, lane: Lane, item: Item, sums: Sums) -> Weights:
+    def weights(self, memory: Memory, lane: Lane, item: Item, sums: Sums, scale: Float32) -> Weights:
         """p, g and, at last, the pull; every warp computes them all.
 
         Lane (c, q) holds query c of an octet and sources 2q and 2q + 1: the layout of products and of an operand with
@@ -693,33 +679,44 @@ class Phase1BwdKernel:
         totals = totals + buffer * (shares * config.partial_bytes) + lane.lane * 8
         statistics = memory.statistics + buffer * STATISTICS_BYTES
         cute.arch.mbarrier_wait(memory.statistics_full + buffer, (item.index // BUFFERS) & 1)
-        factor = load_shared(Float32, statistics + lane.q * 8, FACTORS_AT, 2)
-        row_scale = [load_shared(Float32, statistics + lane.q * 8, SCALES_AT, 2)] if config.scaled else []
+        source_there, zero = None, Float32(0.0)
+        if config.num_sources < OCTET:
+            source_there = [lane.q * 2 + e < config.num_sources for e in range(2)]
+        rstd = masked(load_shared(Float32, statistics + lane.q * 8, RSTD_AT, 2), source_there)
+        row_scale = []
+        if config.scaled:
+            row_scale = [masked(load_shared(Float32, statistics + lane.q * 8, SCALES_AT, 2), source_there)]
         ps, gs, value_gs = [], [], []
         pull = [Float32(0.0)] * 2 if item.first else [sums.pull[e] for e in range(2)]
-        for i in range(len(item.octets)):
+        for i, octet in enumerate(item.octets):
+            there = source_there
+            if config.octet_rows(octet) < OCTET:
+                query_there = lane.c < config.octet_rows(octet)
+                there = [query_there if there is None else query_there & there[e] for e in range(2)]
             at = [i * 256 + share * config.partial_bytes for share in range(shares)]
             parts = [load_shared(Float32, totals, offset, 2) for offset in at]
             a = multiply([tree(add, [part[e] for part in parts]) for e in range(2)], *row_scale)
-            p = load_shared(Float32, statistics + lane.lane * 8, P_AT + i * 256, 2)
-            logit = load_shared(Float32, statistics + lane.lane * 8, LOGITS_AT + i * 256, 2)
-            (d_lse,) = load_shared(Float32, statistics + lane.c * 4, D_LSE_AT + i * 32, 1)
+            logit = masked(load_shared(Float32, statistics + lane.lane * 8, LOGITS_AT + i * 256, 2), there)
+            (lse,) = load_shared(Float32, statistics + lane.c * 4, LSE_AT + i * 32, 1)
+            d_lse = zero
+            if config.d_lse:
+                (d_lse,) = load_shared(Float32, statistics + lane.c * 4, D_LSE_AT + i * 32, 1)
+            p = masked([exp_difference(value, lse) for value in logit], there)
             mean = p[0] * a[0] + p[1] * a[1]
             for offset in (1, 2):
                 mean = mean + cute.arch.shuffle_sync_bfly(mean, offset=offset)
-            h = [p[e] * (a[e] + (d_lse - mean)) for e in range(2)]
+            h = masked([p[e] * (a[e] + (d_lse - mean)) for e in range(2)], there)
             pull = [pull[e] + logit[e] * h[e] for e in range(2)]
             ps.append(p)
-            gs.append([factor[e] * h[e] for e in range(2)])
+            gs.append([scale * rstd[e] * h[e] for e in range(2)])
             value_gs.append(multiply(gs[-1], *row_scale))
         diagonal = []
         if item.last:
-            # Not rstd^2: fp32 has no square of a large row's.
-            factors = [load_shared(Float32, statistics + lane.q * 8, at, 2) for at in (PULLS_AT, RSTD_AT)]
             for offset in (4, 8, 16):
                 pull = [value + cute.arch.shuffle_sync_bfly(value, offset=offset) for value in pull]
-            zero = Float32(0.0)
-            pull = [zero - factors[0][e] * (factors[1][e] * pull[e]) for e in range(2)]
+            # Not rstd^2: fp32 has no square of a large row's.
+            factors = multiply([r * Float32(1.0 / config.hidden_size) for r in rstd], *row_scale)
+            pull = [zero - factors[e] * (rstd[e] * pull[e]) for e in range(2)]
             diagonal = [[select(lane.c == lane.q * 2 + e, pull[e], zero) for e in range(2)]]
         else:
             sums.pull[0], sums.pull[1] = pull
@@ -761,7 +758,7 @@ class Phase1BwdKernel:
             peak = cute.arch.fmax(peak, cute.arch.shuffle_sync_bfly(peak, offset=offset))
         return power_of_two_scale(peak)
 
-    def mix(self, memory: Memory, work: Work, lane: Lane, item: Item, sums: Sums, seeds: list) -> None:
+    def mix(self, memory: Memory, work: Work, lane: Lane, item: Item, sums: Sums, scale: Float32, seeds: list) -> None:
         """An item's gradients over the warp's columns: adds to du and d_sources.
 
         After a token's last item, d_sources are rounded into the staging buffer.
@@ -798,7 +795,7 @@ class Phase1BwdKernel:
 
         steps = self.steps()
         loaded = load(0) if self.ahead else []
-        weights = self.weights(memory, lane, item, sums)
+        weights = self.weights(memory, lane, item, sums, scale)
         operands = self.pairs(weights.p, weights.g * config.query_terms)
         rounds = item.last and config.stochastic
         row = lane.c * work.tokens + work.item(item.turn) if rounds else None
@@ -931,6 +928,13 @@ class Phase1BwdKernel:
                 inside = there & (lane.column + k * 8 < hidden_size) if self.ragged else there
                 offset = (octet * OCTET * hidden_size + k * 8) * 4
                 store_pair(address, offset, [r_du[0, k, octet], r_du[1, k, octet]], inside)
+
+
+def masked(numbers: list[Float32], there: list[Boolean] | None) -> list[Float32]:
+    """Zero where there is none: what nobody has copied may be anything. None: all are there."""
+    return (
+        numbers if there is None else [select(c, value, Float32(0.0)) for c, value in zip(there, numbers, strict=True)]
+    )
 
 
 def multiply(numbers: list[Float32], factors: list[Float32] | None = None) -> list[Float32]:
