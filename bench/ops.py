@@ -28,7 +28,7 @@ _PLAIN = {"output_norm": False, "delta": False}
 FP16 = "fp16"
 SCALED_RESULT = "scaled fp16"  # phase 1's out; phase 2's inter_out, and its new partial sum
 SCALED_SOURCES = "scaled fp16 sources"
-STOCHASTIC = "stochastic rounding"  # of phase 2's new partial sum; of the blocks' gradients
+STOCHASTIC = "stochastic rounding"  # of phase 1's out or the blocks' gradients; of phase 2's new partial sum
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ CASES: tuple[Case, ...] = (
     *(_mix(*sizes, backward=True, storage=FP16) for sizes in HEADLINE),
     _step(*HEADLINE[0], storage=FP16),
     *(_phase1(*sizes, storage=FP16) for sizes in PHASE1_SIZES),
-    _phase1(*PHASE1_SIZES[0], backward=True, storage=FP16),
+    *(_phase1(*sizes, backward=True, storage=FP16) for sizes in BACKWARD_SIZES),
     _phase2(2048, fused=True, storage=FP16),
     _phase2(2048, backward=True, storage=FP16),
     *(_phase1(*sizes, storage=SCALED_RESULT) for sizes in (*PHASE1_SIZES, (8192, 2048, 8, 24), (8192, 7168, 8, 24))),
@@ -150,6 +150,7 @@ CASES: tuple[Case, ...] = (
     *(_mix(*sizes, storage=SCALED_SOURCES) for sizes in HEADLINE),
     *(_step(*sizes, storage=SCALED_SOURCES) for sizes in HEADLINE),
     *(_phase2(size, fused=True, storage=STOCHASTIC) for size in (2048, 4096, 7168)),
+    *(_phase1(*sizes, storage=STOCHASTIC) for sizes in PHASE1_SIZES),
     *(_phase1(*sizes, backward=True, storage=STOCHASTIC) for sizes in BACKWARD_SIZES),
 )
 

@@ -1,8 +1,8 @@
 """What holds the CuTe kernels back, by Nsight Compute: `python -m bench.profile --out bench/results`. Needs a GPU and `ncu`.
 
 Runs one call of each headline case and of every phase 1 in bf16 under ncu, caches flushed, clocks left alone, and writes
-ncu_<device>.json and .md: per kernel its duration, throughput of device memory, L2 and shared memory, issue rate, occupancy, registers,
-and what its warps wait for.
+ncu_<device>.json and .md: per kernel its duration, throughput of device memory, L2 and shared memory, issue rate, occupancy,
+registers, and what its warps wait for.
 """
 
 from __future__ import annotations
