@@ -39,9 +39,10 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernels]:
     backends.refusal.cache_clear()
     for module in (mix_fwd, phase1_fwd):
         monkeypatch.setattr(module, "build", lambda config: compile.notable(stub))
-        monkeypatch.setattr(module, "sm_count", lambda device: 132)
         monkeypatch.setattr(module, "current_stream", lambda device: 7)
         module.kernel_for.cache_clear()
+    monkeypatch.setattr(mix_fwd, "sm_count", lambda device: 132)
+    monkeypatch.setattr(phase1_fwd, "cluster_count", lambda cluster, threads, shared_bytes, device: 132 // cluster)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
