@@ -22,6 +22,9 @@ them (a *slab*).
 Where out is scaled fp16, a row's scale must be known before its first element is rounded: it is that of a bound of the
 row, sum_n p_sn max|v_n|. The largest magnitudes of the sources are found beside the squares, and exchanged with them.
 
+Where out is rounded stochastically, weights have a third term, for fp32's accuracy, and rows are staged in fp32 and rounded
+where they lie.
+
 Clusters draw their items from a counter in device memory. SMs differ in speed: with a fixed share of the items each, the
 first was done 60 to 120 us of 430 before the median (measured on an H200), and the others drifted apart.
 
