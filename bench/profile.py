@@ -95,7 +95,9 @@ def under_ncu(names: str) -> str:
 def parse(text: str) -> list[dict[str, Any]]:
     """One entry per kernel launch: case and numbers by METRICS' names."""
     lines = text.splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith('"ID"'))
+    start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
+    if start is None:
+        raise RuntimeError(f"ncu saw no kernel of the CuTe backend: {text.strip()[-500:]}")
     labels = {metric: label for label, metric in METRICS.items()}
     found: dict[str, dict[str, Any]] = {}
     for row in csv.DictReader(io.StringIO("\n".join(lines[start:]))):

@@ -55,7 +55,7 @@ class Provider:
             self.bindings()
         except Exception as error:  # whatever an import of a peer raises
             return f"not installed: {type(error).__name__}: {error}".splitlines()[0]
-        return None
+        return backends.available_backends()[self.name.removeprefix("ours-")] if self.ours else None
 
     def version(self) -> str:
         try:

@@ -164,7 +164,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder of results and plots")
     parser.add_argument("--cases", default="", metavar="SUBSTRING", help="only cases whose name contains it")
-    parser.add_argument("--providers", metavar="A,B", help=f"only these of {', '.join(PROVIDERS)}")
+    parser.add_argument(
+        "--providers",
+        metavar="A,B",
+        help=f"only these of {', '.join(PROVIDERS)}, all of which must be there (default: those that are)",
+    )
     parser.add_argument(
         "--quick", action="store_true", help="headline cases, three rounds, no host and first-call cost"
     )
@@ -187,8 +191,11 @@ def main(arguments: list[str] | None = None) -> int:
     rounds = QUICK_ROUNDS if options.quick else ROUNDS
     suite = Suite(device, providers, path, rounds, options.peer_seconds, console, options.resume)
     cases = suite.left(cases)
-    for name, reason in suite.data["missing"].items():
-        console.print(f"{name}: {reason}", markup=False)
+    missing = [f"{name}: {reason}" for name, reason in suite.data["missing"].items()]
+    if missing and options.providers:
+        raise SystemExit("\n".join(missing))
+    for line in missing:
+        console.print(line, markup=False)
     autotune.speed_up()
     return _measure(suite, cases, options.quick)
 

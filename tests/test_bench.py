@@ -168,6 +168,8 @@ def test_missing_provider_says_why() -> None:
         assert broken.missing() == "not installed: ImportError: no such wheel"
     finally:
         del providers.PROVIDERS["broken"]
+    assert providers.PROVIDERS["ours-cute"].missing() == attnres.available_backends()["cute"]
+    assert Provider("ours-torch", lambda: providers._ours("torch"), ours=True).missing() is None
 
 
 def test_cute_does_not_borrow_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
