@@ -29,9 +29,8 @@ import attnres
 from attnres import numerics, oracle
 from attnres.scaled import SCALED_FP16
 from attnres.sites import direct_elements, two_phase_elements
-from bench import autotune, results, timing
+from bench import autotune, providers, results, timing
 from bench.ops import ITEMSIZE
-from bench.providers import plain_mix
 from bench.timing import COPY, OutOfTime
 
 ROUNDS = 5
@@ -193,7 +192,7 @@ def compiled(case: NetworkCase) -> Network:
 
     @functools.partial(torch.compile, dynamic=False)
     def mix(sources: list[Tensor], query: Tensor) -> Tensor:
-        return plain_mix(torch.stack(sources), query, ones, EPS)
+        return providers.plain_mix(torch.stack(sources), query, ones, EPS)
 
     return site_by_site(mix, case)
 
@@ -419,7 +418,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder of the results")
     parser.add_argument("--cases", default="", metavar="SUBSTRING", help="only cases whose name contains it")
     parser.add_argument(
-        "--providers", default=";".join(PROVIDERS), metavar="A;B", help=f"only these of {'; '.join(PROVIDERS)}"
+        "--providers",
+        metavar="A;B",
+        help=f"only these of {'; '.join(PROVIDERS)}, all of which must be there (default: those that are)",
     )
     parser.add_argument(
         "--first-call-seconds", type=float, default=FIRST_CALL_SECONDS, help="limit of a provider's first call"
@@ -427,7 +428,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--resume", action="store_true", help="only cases that the results in --out lack")
     options = parser.parse_args(arguments)
-    names = options.providers.split(";")
+    names = options.providers.split(";") if options.providers else list(PROVIDERS)
     unknown = [name for name in names if name not in PROVIDERS]
     if unknown:
         raise SystemExit(f"unknown provider {'; '.join(unknown)}; known are {'; '.join(PROVIDERS)}")
@@ -436,6 +437,13 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     logging.getLogger("fla").setLevel(logging.ERROR)
     console = Console(width=None if sys.stdout.isatty() else 180)
+    reasons = {name: providers.PROVIDERS[name.split(",")[0]].missing() for name in names}
+    missing = [f"{name}: {reason}" for name, reason in reasons.items() if reason]
+    if missing and options.providers:
+        raise SystemExit("\n".join(missing))
+    for line in missing:
+        console.print(line, markup=False)
+    names = [name for name in names if reasons[name] is None]
     device = torch.device("cuda", torch.cuda.current_device())
     path = results.path_in(options.out, torch.cuda.get_device_name(), "network")
     metadata = results.metadata(device)
