@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,6 @@ import torch
 EMPTY_KERNEL = b".version 8.0 .target sm_90 .address_size 64 .visible .entry empty() { ret; }\0"
 
 
-@functools.cache
 def cluster_count(cluster: int, threads: int, shared_bytes: int, device: torch.device) -> int:
     """How many run at once; one more doubles the time. Clusters of 4 and 8 do not fill every GPC's SMs, and chips differ in
     theirs: the driver knows. (On an H200, 30 clusters of 4 or 15 of 8.)

@@ -32,6 +32,7 @@ def build(config: Phase1Config) -> Any:
 
 @functools.cache
 def kernel_for(
+    device: torch.device,
     dtype: torch.dtype,
     query: torch.dtype,
     key_weight: torch.dtype | None,
@@ -43,8 +44,8 @@ def kernel_for(
     out: str,
     scaled_sources: bool,
     stochastic: bool,
-) -> tuple[Phase1Config, Any]:
-    """The next launch's configuration, and the kernel compiled for it."""
+) -> tuple[Any, Phase1Config, int]:
+    """The kernel compiled for the next launch, its configuration, and how many of its clusters the device holds."""
     config = phase1_config(
         dtype=PARAMETER_DTYPES[dtype],
         query=PARAMETER_DTYPES[query],
@@ -58,7 +59,7 @@ def kernel_for(
         scaled_sources=scaled_sources,
         stochastic=stochastic,
     )
-    return config, build(config)
+    return build(config), config, cluster_count(config.tile.cluster, config.threads, config.shared_bytes, device)
 
 
 def phase1_fwd(
@@ -100,7 +101,8 @@ def phase1_fwd(
     while first < num_queries:
         # The source statistics are the same for every part of the queries.
         wanted_rstd = rstd if first == 0 else None
-        config, kernel = kernel_for(
+        kernel, config, clusters = kernel_for(
+            out.device,
             sources[0].dtype,
             queries.dtype,
             dtype_of(key_weights),
@@ -134,7 +136,8 @@ def phase1_fwd(
             tokens,
             eps,
             scale,
-            grid(config, tokens, out.device),
+            # As many CTAs as run at once, or as there are items for
+            min(-(-tokens // config.shape.tokens), clusters) * config.tile.cluster,
             stream,
         )
         first += config.num_queries
@@ -166,10 +169,3 @@ def aligned(parameter: torch.Tensor) -> torch.Tensor:
     if (parameter.data_ptr() | parameter.stride(0) * parameter.element_size()) % ALIGNMENT == 0:
         return parameter
     return parameter.clone(memory_format=torch.contiguous_format)
-
-
-def grid(config: Phase1Config, tokens: int, device: torch.device) -> int:
-    """As many CTAs as run at once, or as there are items for."""
-    cluster = config.tile.cluster
-    items = -(-tokens // config.shape.tokens)
-    return min(items, cluster_count(cluster, config.threads, config.shared_bytes, device)) * cluster

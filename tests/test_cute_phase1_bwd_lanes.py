@@ -115,14 +115,17 @@ class Machine:
         half = dtype is cutlass.Float16
         return self.halves(self.full(first), half) | self.halves(self.full(second), half) << 16
 
-    def split_vector(self, dtype, values, terms):
-        split = [[] for _ in range(terms)]
-        for first, second in zip(values[::2], values[1::2], strict=True):
-            for term in split:
-                term.append(self.pack(dtype, first, second))
-                high = self.unpack(dtype, term[-1])
-                first, second = first - high[0], second - high[1]
+    def split_pair(self, dtype, first, second, terms):
+        split = []
+        for _ in range(terms):
+            split.append(self.pack(dtype, first, second))
+            high = self.unpack(dtype, split[-1])
+            first, second = first - high[0], second - high[1]
         return split
+
+    def split_vector(self, dtype, values, terms):
+        split = [self.split_pair(dtype, *pair, terms) for pair in zip(values[::2], values[1::2], strict=True)]
+        return [list(term) for term in zip(*split, strict=True)]
 
     def matrix(self, first, second) -> np.ndarray:
         """[..., 8, 8] of which each lane has (row c, columns 2q and 2q + 1)."""
@@ -225,7 +228,8 @@ def patched(monkeypatch: pytest.MonkeyPatch):
     from cute_kernels.device import phase1_bwd, phase1_queries, rounding
 
     def patch(machine: Machine) -> types.ModuleType:
-        for name in ("ldmatrix", "mma", "mma_k8", "pack", "unpack", "split_vector", "transpose", "stochastic"):
+        names = "ldmatrix mma mma_k8 pack unpack split_pair split_vector transpose stochastic"
+        for name in names.split():
             monkeypatch.setattr(phase1_bwd, name, getattr(machine, name))
         for name in ("load_shared", "store_shared", "store_cluster", "copy_scalar", "store_pair"):
             monkeypatch.setattr(phase1_bwd, name, getattr(machine, name))

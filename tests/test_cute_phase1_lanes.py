@@ -37,9 +37,6 @@ class ForwardMachine(Machine):
         self.half = HALF[dtype] if dtype else self.half
         return super().unpack(dtype, pair)
 
-    def split_pair(self, dtype, first, second, terms):
-        return [term[0] for term in self.split_vector(dtype, [first, second], terms)]
-
     def mma(self, dtype, a, b, c):
         self.half = HALF[dtype]
         return super().mma(dtype, a, b, c)

@@ -69,6 +69,7 @@ from cute_kernels.device.mma import (
     pack,
     power_of_two_scale,
     select,
+    split_pair,
     split_vector,
     store_cluster,
     store_pair,
@@ -735,7 +736,7 @@ class Phase1BwdKernel:
             value_gs = [[value_power * value for value in pair] for pair in value_gs]
 
         def split(pairs: list[list[Float32]], terms: int, dtype: type[Numeric] = self.dtype) -> list[list[Pair]]:
-            return [[term[0] for term in split_vector(dtype, pair, terms)] for pair in pairs]
+            return [split_pair(dtype, *pair, terms) for pair in pairs]
 
         of_sources = split(value_gs, config.weight_terms)
         count, query_count = config.mix_terms(config.dtype), config.mix_terms(config.query_dtype)
@@ -887,8 +888,7 @@ class Phase1BwdKernel:
         """A tile of sources in the gradients' dtype."""
         if not self.mixed:
             return (matrix,)
-        (high,), (low,) = split_vector(self.dtype, list(unpack(Float16, matrix)), 2)
-        return high, low
+        return tuple(split_pair(self.dtype, *unpack(Float16, matrix), 2))
 
     def add_products(
         self, weights: Weights, source: tuple[Pair, ...], r_du: cute.Tensor, tile: int, item: Item
