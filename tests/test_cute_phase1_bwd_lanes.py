@@ -225,7 +225,7 @@ class Machine:
 @pytest.fixture
 def patched(monkeypatch: pytest.MonkeyPatch):
     """The device module with its types and instructions replaced by a machine's."""
-    from cute_kernels.device import phase1_bwd, phase1_queries, rounding
+    from cute_kernels.device import phase1_bwd, phase1_queries
 
     def patch(machine: Machine) -> types.ModuleType:
         names = "ldmatrix mma mma_k8 pack unpack split_pair split_vector transpose stochastic"
@@ -244,8 +244,7 @@ def patched(monkeypatch: pytest.MonkeyPatch):
         # A loop in the kernel
         monkeypatch.setattr(phase1_queries.QueryReader, "peak", peak)
         monkeypatch.setattr(phase1_bwd, "inverse", lambda scale: 1 / scale)
-        for name, value in {"Float32": Float, "Int32": Int, "select": select, "multiply": multiply}.items():
-            monkeypatch.setattr(rounding, name, value)
+        replace_in_rounding(monkeypatch)
         monkeypatch.setattr(phase1_bwd, "exp_difference", lambda a, b: np.exp(a - b))
         monkeypatch.setattr(phase1_bwd, "power_of_two_scale", power_of_two_scale)
         monkeypatch.setattr(cutlass, "min", np.minimum)
@@ -259,6 +258,14 @@ def patched(monkeypatch: pytest.MonkeyPatch):
         return phase1_bwd
 
     return patch
+
+
+def replace_in_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For device/rounding.py, whose own functions run on NumPy arrays then."""
+    from cute_kernels.device import rounding
+
+    for name, value in {"Float32": Float, "Int32": Int, "select": select, "multiply": multiply}.items():
+        monkeypatch.setattr(rounding, name, value)
 
 
 def select(condition, yes, no):

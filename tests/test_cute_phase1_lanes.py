@@ -14,7 +14,7 @@ pytest.importorskip("cutlass")
 
 import cutlass
 import cutlass.cute as cute
-from test_cute_phase1_bwd_lanes import F32, I32, LANES, Machine, Pointer, peak
+from test_cute_phase1_bwd_lanes import F32, I32, LANES, Machine, Pointer, peak, replace_in_rounding
 
 from attnres import oracle, rounding
 from attnres.scaled import ScaledTensor
@@ -105,28 +105,12 @@ def inverse(scale):
     return (np.int32(254 << 23) - np.asarray(scale, np.float32).view(np.int32)).astype(np.int32).view(np.float32)
 
 
-def philox(seed, eight, row, stream):
-    counter = (
-        torch.from_numpy(np.array(np.broadcast_arrays(value, eight * 0 + row * 0)[0]))
-        for value in (eight, row, 0, stream)
-    )
-    return [word.numpy() for word in rounding.philox(int(seed), tuple(counter))]
-
-
-def stochastic(values, dtype, words):
-    assert dtype is phase1_queries.BFloat16
-    halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
-    bits = [np.ascontiguousarray(value).view(np.uint32) for value in values]
-    rounded = [(b & 0x7FFFFFFF) + h & 0xFFFF0000 | b & 0x80000000 for b, h in zip(bits, halves, strict=True)]
-    return [value.astype(np.uint32).view(np.float32) for value in rounded]
-
-
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch):
     def make(config: Phase1Config) -> ForwardMachine:
         machine = ForwardMachine(config)
         names = "ldmatrix pack unpack split_vector split_pair mma mma_k8 zip_pairs larger_magnitudes load_shared store_shared "
-        names += "store_cluster load_vector store_scalar store_vector copy_scalar"
+        names += "store_cluster load_vector store_scalar store_vector copy_scalar stochastic"
         replaced = {name: getattr(machine, name) for name in names.split()}
         functions = {
             "Float32": F32,
@@ -138,8 +122,6 @@ def machine(monkeypatch: pytest.MonkeyPatch):
             "power_of_two_scale": power_of_two_scale,
             "scale_from": scale_from,
             "inverse": inverse,
-            "philox": philox,
-            "stochastic": stochastic,
             "finite_magnitude": lambda x: np.where(np.isfinite(x), np.abs(x), np.float32(0)),
             "reciprocal_root": lambda x: (1 / np.sqrt(x)).astype(np.float32),
             "exp_difference": lambda a, b: np.exp(a - b),
@@ -149,6 +131,7 @@ def machine(monkeypatch: pytest.MonkeyPatch):
             for module in (phase1, phase1_queries):
                 if hasattr(module, name):
                     monkeypatch.setattr(module, name, value)
+        replace_in_rounding(monkeypatch)
         monkeypatch.setattr(F32, "width", 32, raising=False)
         monkeypatch.setitem(phase1_queries.TYPES, "fp32", F32)
         # Loops in the kernel
