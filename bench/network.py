@@ -437,13 +437,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     logging.getLogger("fla").setLevel(logging.ERROR)
     console = Console(width=None if sys.stdout.isatty() else 180)
-    reasons = {name: providers.PROVIDERS[name.split(",")[0]].missing() for name in names}
-    missing = [f"{name}: {reason}" for name, reason in reasons.items() if reason]
-    if missing and options.providers:
-        raise SystemExit("\n".join(missing))
-    for line in missing:
-        console.print(line, markup=False)
-    names = [name for name in names if reasons[name] is None]
+    missing = providers.missing(names)
+    providers.tell_missing(missing, options.providers is not None, console)
+    names = [name for name in names if name not in missing]
     device = torch.device("cuda", torch.cuda.current_device())
     path = results.path_in(options.out, torch.cuda.get_device_name(), "network")
     metadata = results.metadata(device)

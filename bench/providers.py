@@ -10,12 +10,13 @@ import contextlib
 import functools
 import importlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 import attnres
@@ -251,6 +252,21 @@ PROVIDERS: dict[str, Provider] = {
         Provider("liger", _liger, "liger-kernel", stacked=True, fuses=False),
     )
 }
+
+
+def missing(names: Iterable[str]) -> dict[str, str]:
+    """Those that cannot be used here, and why. What follows a comma names a variant."""
+    reasons = {name: PROVIDERS[name.split(",")[0]].missing() for name in names}
+    return {name: reason for name, reason in reasons.items() if reason}
+
+
+def tell_missing(found: dict[str, str], named: bool, console: Console) -> None:
+    """Exits if they were asked for by name."""
+    lines = [f"{name}: {reason}" for name, reason in found.items()]
+    if lines and named:
+        raise SystemExit("\n".join(lines))
+    for line in lines:
+        console.print(line, markup=False)
 
 
 @functools.cache

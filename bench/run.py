@@ -20,7 +20,7 @@ from rich.console import Console
 from attnres.backend import BackendError
 from bench import autotune, host, plots, results, timing
 from bench.ops import CASES, Case, Inputs, Sample, check, make_inputs, sample
-from bench.providers import PROVIDERS, Call, Provider, Unsupported
+from bench.providers import PROVIDERS, Call, Provider, Unsupported, missing, tell_missing
 from bench.timing import COPY, OutOfTime, Timed
 
 FIRST_CALL_SECONDS = 40.0  # of one provider in one case: imports, compiles, autotunes
@@ -53,9 +53,8 @@ class Suite:
             self.data["metadata"].setdefault("resumed", []).append(
                 {"date": metadata["date"], "clocks": results.clocks()}
             )
-        reasons = {provider.name: provider.missing() for provider in providers}
-        self.data["missing"] = {name: reason for name, reason in reasons.items() if reason}
-        self.providers = [provider for provider in providers if reasons[provider.name] is None]
+        self.data["missing"] = missing(provider.name for provider in providers)
+        self.providers = [provider for provider in providers if provider.name not in self.data["missing"]]
         self.l2_bytes: int = self.data["metadata"]["l2_bytes"]
         self.copy = timing.copy(self.device)
         self.begun = time.monotonic()
@@ -191,11 +190,7 @@ def main(arguments: list[str] | None = None) -> int:
     rounds = QUICK_ROUNDS if options.quick else ROUNDS
     suite = Suite(device, providers, path, rounds, options.peer_seconds, console, options.resume)
     cases = suite.left(cases)
-    missing = [f"{name}: {reason}" for name, reason in suite.data["missing"].items()]
-    if missing and options.providers:
-        raise SystemExit("\n".join(missing))
-    for line in missing:
-        console.print(line, markup=False)
+    tell_missing(suite.data["missing"], options.providers is not None, console)
     autotune.speed_up()
     return _measure(suite, cases, options.quick)
 

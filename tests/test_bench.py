@@ -170,6 +170,11 @@ def test_missing_provider_says_why() -> None:
         del providers.PROVIDERS["broken"]
     assert providers.PROVIDERS["ours-cute"].missing() == attnres.available_backends()["cute"]
     assert Provider("ours-torch", lambda: providers._ours("torch"), ours=True).missing() is None
+    console = Console(width=100, record=True, quiet=False)
+    providers.tell_missing({"liger": "not there"}, False, console)
+    assert console.export_text() == "liger: not there\n"
+    with pytest.raises(SystemExit, match="liger: not there"):
+        providers.tell_missing({"liger": "not there"}, True, console)
 
 
 def test_cute_does_not_borrow_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
