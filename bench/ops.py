@@ -108,6 +108,8 @@ def _step(tokens: int, size: int, depth: int, **options: Any) -> Case:
     return Case("step", Shape(tokens, size, depth), **options)
 
 
+# Of phase 1 forward: those of the least shares, and of the most queries
+PHASE1_CORNERS = tuple((8192, 4096, *sizes) for sizes in ((1, 2), (3, 9), (5, 2), (9, 2), (12, 16), (16, 17), (16, 32)))
 PHASE1_SIZES = ((16384, 2048, 4, 8), (8192, 4096, 8, 16), (8192, 2048, 8, 16), (8192, 7168, 8, 16))
 BACKWARD_SIZES = tuple(PHASE1_SIZES[i] for i in (0, 1, 3))
 HEADLINE = ((8192, 7168, 9), (16384, 4096, 5), (16384, 2048, 17))
@@ -124,6 +126,7 @@ CASES: tuple[Case, ...] = (
     *(_phase1(*sizes, headline=True) for sizes in PHASE1_SIZES),
     _phase1(8192, 2048, 8, 24),
     _phase1(8192, 7168, 8, 24),
+    *(_phase1(*sizes) for sizes in PHASE1_CORNERS),
     *(_phase1(*sizes, backward=True, headline=sizes == PHASE1_SIZES[0]) for sizes in BACKWARD_SIZES),
     _phase1(8192, 7168, 8, 24, backward=True),
     *(_phase2(size, headline=True) for size in (2048, 4096, 7168)),
@@ -150,7 +153,7 @@ CASES: tuple[Case, ...] = (
     *(_mix(*sizes, storage=SCALED_SOURCES) for sizes in HEADLINE),
     *(_step(*sizes, storage=SCALED_SOURCES) for sizes in HEADLINE),
     *(_phase2(size, fused=True, storage=STOCHASTIC) for size in (2048, 4096, 7168)),
-    *(_phase1(*sizes, storage=STOCHASTIC) for sizes in PHASE1_SIZES),
+    *(_phase1(*sizes, storage=STOCHASTIC) for sizes in (*PHASE1_SIZES, (8192, 7168, 8, 24))),
     *(_phase1(*sizes, backward=True, storage=STOCHASTIC) for sizes in BACKWARD_SIZES),
 )
 

@@ -25,6 +25,9 @@ MAX_WARPS = 8
 # addresses.
 QUERY_REGISTERS = 128
 WEIGHT_REGISTERS = 16  # of an item, beside as many query fragments; those of 32 queries over 24 sources spilled
+# What is few rows of an item, where they have 4096 columns (measured on an H200, shares of copy bandwidth with two tokens an item
+# for one: N = 3, S = 9 0.730 -> 0.864; with one CTA for two: N = 5, S = 2 0.587 -> 0.818; N = 5, S = 9, 14 rows, 0.834 -> 0.876).
+FEW_ROWS = 14
 RUN_BYTES = 512  # of a row that is stored at a time, where there is room: one instruction of a warp
 # A ring holds three or four tokens (measured on an H200: more did not help), and at least this much, which hides the
 # latency of device memory.
@@ -165,13 +168,19 @@ class Shape:
     @property
     def tokens(self) -> int:
         """Of one item. With few sources and at most 8 queries, several share the 8 columns of an mma; with more queries
-        one token is work enough, unless it brings but one or two rows.
+        one token is work enough, unless it brings few rows.
         """
-        if self.octets == 2 and self.num_sources <= 2:
+        few = self.num_sources <= 4 and self.num_sources + self.num_queries < FEW_ROWS
+        if self.octets == 2 and (self.num_sources <= 2 or few):
             return 2
         # A power of two of columns each, so that a token's softmax sums stay within a quarter of a warp's lanes.
         columns = min(1 << (self.num_sources - 1).bit_length(), OCTET)
         return OCTET // columns if self.octets == 1 else 1
+
+    @property
+    def item_rows(self) -> int:
+        """Read and written."""
+        return self.tokens * (self.num_sources + self.num_queries)
 
     @property
     def rows_per_token(self) -> int:
@@ -239,12 +248,7 @@ class Shape:
         return (ragged and tile.slabs > 1) or not self.even_slots
 
     def stage_row_bytes(self, tile: Phase1Tile) -> int:
-        return tile.segment * BLOCK * self.stage_item_bytes + 16
-
-    @property
-    def stage_item_bytes(self) -> int:
-        """Staged in fp32 where random bits round what leaves the staging buffer."""
-        return 4 if self.stochastic else ITEM_BYTES
+        return tile.segment * BLOCK * ITEM_BYTES + 16
 
     def stage_bytes(self, tile: Phase1Tile) -> int:
         """One warp's staging buffer: the two octets of rows that an mma makes."""
@@ -335,16 +339,18 @@ def shortfall(shape: Shape, tile: Phase1Tile) -> int:
     two and a half and 512 bytes 0.816, two and 512 bytes 0.798, three and 128 bytes 0.780; at D = 4096, N = 12, S = 16:
     two tokens 0.630.
     """
-    run = min(RUN_BYTES // (BLOCK * shape.stage_item_bytes), tile.blocks)
+    run = min(RUN_BYTES // (BLOCK * ITEM_BYTES), tile.blocks)
     two = tile.slots < 2.5 * shape.slots_per_item(tile)
     return 2 * two + (tile.segment < run) + 2 * (tile.segment < min(run, 2))
 
 
 def _tile(shape: Shape, cluster: int) -> Phase1Tile | None:
     """The best tile with this cluster, or None when queries or rows do not fit."""
-    # From 4096 columns on, two CTAs are faster than one (measured on an H200: 0.819 -> 0.853 of copy bandwidth).
+    # From 4096 columns on, two CTAs are faster than one (measured on an H200: 0.819 -> 0.853 of copy bandwidth), but for items
+    # of few rows: whatever its columns, an item takes a CTA 1.5 us. (With third terms of queries, 8 bytes spilled.)
     # Four were slower (they leave SMs idle), so larger clusters only come where queries or rows need their space.
-    if shape.hidden_size >= 4096 and cluster == 1:
+    few = shape.item_rows * shape.hidden_size <= FEW_ROWS * 4096 and shape.terms < 3
+    if shape.hidden_size >= 4096 and cluster == 1 and not few:
         return None
     blocks_needed = ceil_div(shape.hidden_size, BLOCK)
     per_cta = ceil_div(blocks_needed, cluster)
@@ -352,7 +358,9 @@ def _tile(shape: Shape, cluster: int) -> Phase1Tile | None:
         return None
     # Four warps and a direct exchange, where columns and registers allow: 1 KB a store (measured on an H200, N = 8 and
     # S = 16 at D = 4096: 0.805 -> 0.854 of copy bandwidth; N = 4 and S = 8 at D = 2048: 0.828 -> 0.844).
-    if 2 * MAX_WARPS < per_cta <= 4 * MAX_WARPS:
+    # Stochastic rounding is more for a warp to do: eight hide it better (N = 8, S = 16, of the time of rounding to nearest:
+    # D = 4096 1.062 -> 1.035, D = 2048 1.025 -> 1.005).
+    if 2 * MAX_WARPS < per_cta <= 4 * MAX_WARPS and not shape.stochastic:
         tile = _ring(shape, cluster, 4, ceil_div(per_cta, 4))
         if tile and tile.direct:
             return tile
@@ -371,7 +379,7 @@ def _ring(shape: Shape, cluster: int, warps: int, blocks: int) -> Phase1Tile | N
     weights = (2 + shape.stochastic) * shape.octets * shape.groups
     if queries > QUERY_REGISTERS or queries + weights > QUERY_REGISTERS + WEIGHT_REGISTERS:
         return None
-    run = min(RUN_BYTES // (BLOCK * shape.stage_item_bytes), blocks)
+    run = min(RUN_BYTES // (BLOCK * ITEM_BYTES), blocks)
     halves = 2 if warps % 2 == 0 else 1
     # Two tokens are the least that a ring holds: logits of one are made before the mix of the last. A ring of half rows
     # (two slabs) can hold two and a half.
@@ -467,3 +475,6 @@ def phase1_configs() -> Iterator[tuple[str, Callable[[Any], Any], Phase1Config]]
     yield "phase1_fwd", build, config(4096, 3, 2, key_weight="fp32", logits=True, rstd=True)
     yield "phase1_fwd", build, config(2048, 2, 3, **given)
     yield "phase1_fwd", build, config(72, 3, 1, key_weight="bf16", **given | {"out": "fp16"})
+    # Items of few rows
+    yield "phase1_fwd", build, config(4096, 5, 2, logits=True, rstd=True)
+    yield "phase1_fwd", build, config(4096, 4, 9)

@@ -3,11 +3,20 @@
 `stochastic_seed=` of phase_1 (its output, and the blocks' gradient), phase_2 (the new partial sum) and attn_res_step (the
 prefix). This module is its definition; every backend gives the same bits for the same float32 values.
 
-**Random bits.** Element d of row r has 16 bits h of Philox-4x32-10 with key (seed mod 2^32, seed >> 32) and counter
-(d >> 3, r mod 2^32, r >> 32, stream). The four 32-bit words hold the halves of the eight elements that share a counter:
-element j = d mod 8 has the lower (j even) or upper (j odd) half of word j >> 1. r counts rows of the whole tensor: t for
-tokens [T, D], s T + t for phase 1's [S, T, D], n T + t for the gradients of N blocks. `stream` tells tensors apart. So bits
-depend on nothing but seed, tensor and element, and a new seed is needed for every call that is to round independently.
+**Random bits.** Element d of row r has the 16 bits
+
+    h = ((a d + b) mod 2^32) >> 16
+
+where a and b are the first two words of Philox-4x32-10 with key (seed mod 2^32, seed >> 32) and counter (r mod 2^32, r >> 32,
+stream, 0). r counts rows of the whole tensor: t for tokens [T, D], s T + t for phase 1's [S, T, D], n T + t for the gradients
+of N blocks. `stream` tells tensors apart. So bits depend on nothing but seed, tensor and element, and a new seed is needed for
+every call that is to round independently.
+
+Rows are as independent as Philox makes them. Within a row this is multiply-shift hashing (Dietzfelbinger, 1996): over random
+a and b every element's bits are uniform, and those of any two elements independent, in rows of up to 2^17 elements. Rounding
+errors of a row thus have mean zero and no correlation, which is all that the mean and the variance of a sum of them ask for;
+three or more elements are not independent. It costs a kernel one multiplication or addition an element, where Philox for every
+eight elements took as many instructions as all the rest of phase 1 (bench/NOTES.md).
 
 **Rounding**, of the magnitude; the sign stays. Finite x, float32 bits b:
 
@@ -52,11 +61,11 @@ def philox(seed: int, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[T
 
 def random_bits(seed: int, stream: int, first_row: int, num_rows: int, size: int, device: torch.device) -> Tensor:
     """The 16 bits of each element of rows first_row, first_row + 1, ...: int32 [num_rows, size]."""
-    eight = torch.arange(-(-size // 8), device=device).expand(num_rows, -1)
-    row = torch.arange(first_row, first_row + num_rows, device=device)[:, None].expand_as(eight)
-    words = torch.stack(philox(seed, (eight, row & 0xFFFFFFFF, row >> 32, torch.full_like(row, stream))), -1)
-    halves = torch.stack([words & 0xFFFF, words >> 16], -1)
-    return halves.view(num_rows, -1)[:, :size].to(torch.int32)
+    row = torch.arange(first_row, first_row + num_rows, device=device)[:, None]
+    counter = row & 0xFFFFFFFF, row >> 32, torch.full_like(row, stream), torch.zeros_like(row)
+    step, start, _, _ = philox(seed, counter)  # [num_rows, 1]
+    words = step * torch.arange(size, device=device) + start
+    return (words >> 16 & 0xFFFF).to(torch.int32)
 
 
 def stochastic(rows: Tensor, dtype: torch.dtype, seed: int, stream: int, first_row: int = 0) -> Tensor:

@@ -22,6 +22,7 @@ from cute_kernels.config_phase1_bwd import Phase1BwdConfig, phase1_bwd_config
 
 LANES = np.arange(32)
 C, Q = LANES // 4, LANES % 4
+NAN = np.uint32(0x7FFFFFFF).view(np.float32)  # what arithmetic makes on the device
 
 
 class F32:
@@ -133,6 +134,10 @@ class Machine:
         found[..., C, 2 * Q], found[..., C, 2 * Q + 1] = first, second
         return found
 
+    def zip_pairs(self, even, odd, element):
+        even, odd = (self.full(pair).astype(np.uint32) >> 16 * element & 0xFFFF for pair in (even, odd))
+        return even | odd << 16
+
     def transpose(self, pair):
         pair = self.full(pair).astype(np.uint32)
         matrix = np.swapaxes(self.matrix(pair & 0xFFFF, pair >> 16), -1, -2)
@@ -148,7 +153,8 @@ class Machine:
                 total += left.astype(np.float64) @ np.swapaxes(right, -1, -2)
             for e in range(2):
                 addend = 0.0 if c is None else self.full(c[2 * i + e])
-                result.append((total[..., C, 2 * Q + e] + addend).astype(np.float32))
+                value = (total[..., C, 2 * Q + e] + addend).astype(np.float32)
+                result.append(np.where(np.isnan(value), NAN, value))
         return result
 
     def mma(self, dtype, a, b, c):
@@ -157,12 +163,12 @@ class Machine:
     def mma_k8(self, dtype, a, b, c):
         return self.product(dtype, [(a[0],), (a[1],)], (b,), c)
 
-    def stochastic(self, values, dtype, words):
+    def stochastic(self, values, dtype, bits, guard=True):
         from cute_kernels.device import rounding
 
         values = [Float(self.full(value)) for value in values]
         self.drawn.append(np.stack(values, -1))
-        return [np.asarray(value) for value in rounding.stochastic(values, dtype, words)]
+        return rounding.stochastic(values, dtype, bits, guard)
 
     def words(self, address) -> tuple[np.ndarray, np.ndarray]:
         address = self.full(address)
@@ -244,7 +250,8 @@ def patched(monkeypatch: pytest.MonkeyPatch):
         # A loop in the kernel
         monkeypatch.setattr(phase1_queries.QueryReader, "peak", peak)
         monkeypatch.setattr(phase1_bwd, "inverse", lambda scale: 1 / scale)
-        replace_in_rounding(monkeypatch)
+        monkeypatch.setattr(phase1_bwd, "warp_max", lambda value: machine.full(value).max(-1, keepdims=True))
+        replace_in_rounding(monkeypatch, machine)
         monkeypatch.setattr(phase1_bwd, "exp_difference", lambda a, b: np.exp(a - b))
         monkeypatch.setattr(phase1_bwd, "power_of_two_scale", power_of_two_scale)
         monkeypatch.setattr(cutlass, "min", np.minimum)
@@ -260,11 +267,21 @@ def patched(monkeypatch: pytest.MonkeyPatch):
     return patch
 
 
-def replace_in_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+def replace_in_rounding(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:
     """For device/rounding.py, whose own functions run on NumPy arrays then."""
     from cute_kernels.device import rounding
 
-    for name, value in {"Float32": Float, "Int32": Int, "select": select, "multiply": multiply}.items():
+    functions = {
+        "Float32": Float,
+        "Int32": Int,
+        "select": select,
+        "multiply": multiply,
+        "upper_bits": lambda word, count: Int(word.astype(np.uint32) >> np.uint32(32 - count)),
+        "add_toward_zero": add_toward_zero,
+        "zip_pairs": machine.zip_pairs,
+        "pack": machine.pack,
+    }
+    for name, value in functions.items():
         monkeypatch.setattr(rounding, name, value)
 
 
@@ -275,6 +292,12 @@ def select(condition, yes, no):
 def multiply(x, factor):
     product = x.astype(np.uint32).astype(np.uint64) * np.uint64(factor)
     return Int(product >> np.uint64(32)), Int(product & np.uint64(0xFFFFFFFF))
+
+
+def add_toward_zero(a, b):
+    """Of fp32 numbers whose sum fp64 has."""
+    total = np.asarray(a, np.float64) + np.asarray(b, np.float64)
+    return Float((total.view(np.int64) & ~((1 << 29) - 1)).view(np.float64))
 
 
 def peak(reader, octet):

@@ -244,11 +244,37 @@ def test_bits_depend_on_seed_stream_and_element_alone() -> None:
     all_rows = rounding.random_bits(5, 1, 0, 20, 37, cpu)
     assert torch.equal(rounding.random_bits(5, 1, 7, 3, 37, cpu), all_rows[7:10])
     assert torch.equal(rounding.random_bits(5, 1, 0, 20, 16, cpu), all_rows[:, :16])
-    words = [int(word) for word in rounding.philox(5, tuple(map(torch.tensor, (2, 9, 0, 1))))]
-    assert all_rows[9, 16:24].tolist() == [half for word in words for half in (word & 0xFFFF, word >> 16)]
+    step, start, *_ = (int(word) for word in rounding.philox(5, tuple(map(torch.tensor, (9, 0, 1, 0)))))
+    assert all_rows[9].tolist() == [(step * d + start) % 2**32 >> 16 for d in range(37)]
     for other in ((6, 1, 0), (5, 2, 0), (5 + 2**32, 1, 0), (5, 1, 2**32)):
         share = (rounding.random_bits(*other, 20, 37, cpu) == all_rows).float().mean()
         assert share < 0.01
+
+
+def test_bits_are_uniform_and_those_of_two_elements_independent() -> None:
+    """Over rows: how often the upper three bits of one, and of both, have each value."""
+    columns = [0, 1, 2, 3, 8, 64, 4095, 4096, 7168, 2**16, 2**17 - 1]
+    upper = rounding.random_bits(11, 0, 0, 4096, 2**17, torch.device("cpu"))[:, columns] >> 13
+    for first, second in itertools.combinations(range(len(columns)), 2):
+        counts = torch.bincount(8 * upper[:, first] + upper[:, second], minlength=64).double().view(8, 8)
+        chi2 = ((counts - 64).square() / 64).sum()  # 63 degrees of freedom
+        assert chi2 < 63 + 6 * (2 * 63) ** 0.5, (columns[first], columns[second])
+        singly = ((counts.sum(1) - 512).square() / 512).sum()
+        assert singly < 7 + 6 * 14**0.5
+
+
+def test_errors_of_a_row_do_not_add_up() -> None:
+    """The variance of sums of rounding errors is the sum of variances, for sums that alternate in sign, too."""
+    exact = rows(1, 512, seed=3)
+    seeds = 2000
+    errors = torch.stack([rounding.stochastic(exact, BF16, seed, 0).double() - exact for seed in range(seeds)])[:, 0]
+    variance = errors.square().mean(0).sum()
+    signs = torch.ones(512, dtype=torch.float64)
+    for factors in (signs, signs.cumsum(0) % 2 * 2 - 1, rows(1, 512, seed=4)[0].sign().double()):
+        sums = errors @ factors
+        # The fourth moment of a sum is not that of independent errors: hence the margin
+        assert abs(sums.square().mean() / variance - 1) < 0.25
+        assert sums.mean().abs() < 5 * (variance / seeds).sqrt()
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
@@ -497,6 +523,22 @@ def test_cute_draws_phase_1_as_torch_does(
     assert torch.equal(found[0], found[2])
     assert not torch.equal(found[0], block.to(dtype).expand_as(found[0]))
     assert ran[-1] == ("phase1_fwd", "cute")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_cute_rounds_no_nan_to_a_number(dtype: torch.dtype) -> None:
+    """Of eight equal blocks: an item of the kernel is one token, and the others are drawn as torch does."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the CuTe kernels need a Hopper GPU")
+    values, query = rows(9, 2048).cuda(), rows(16, 2048, seed=1).cuda()
+    values[4, 100], values[7, 5] = math.nan, math.inf
+    block = ScaledTensor.from_tensor(values)
+    options = {"out_dtype": dtype, "stochastic_seed": 2**62 + 3}
+    found, wanted = (attnres.phase_1([block] * 8, query, EPS, **options, backend=name)[0] for name in ("cute", "torch"))
+    assert found[:, (4, 7)].isnan().all()
+    others = [t for t in range(9) if t not in (4, 7)]
+    assert torch.equal(found[:, others], wanted[:, others])
 
 
 @pytest.mark.gpu

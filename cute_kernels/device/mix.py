@@ -16,7 +16,7 @@ from cutlass import BFloat16, Float16, Float32, Int32, Int64
 
 from cute_kernels.config_rows import Operands, RowConfig
 from cute_kernels.device.pipelines import global_row
-from cute_kernels.device.rounding import PARTIAL_SUM, finite_magnitude, inverse, philox, scale_from, stochastic
+from cute_kernels.device.rounding import PARTIAL_SUM, finite_magnitude, inverse, row_bits, scale_from, stochastic
 from cute_kernels.device.rows import (
     VECTOR,
     Exchange,
@@ -144,11 +144,15 @@ class RowMix:
             down = inverse(scale)
             total = [[value * down for value in vector] for vector in total]
         r_sum = part.fragment(dtype)
-        for v, vector in enumerate(total):
-            if config.stochastic:
-                words = philox(operands.seed, v * part.threads + part.thread, token, PARTIAL_SUM)
-                vector = stochastic(vector, dtype, words)
-            r_sum[None, v].store(pack(vector, dtype).load())
+        if config.stochastic:
+            bits = row_bits(operands.seed, token, PARTIAL_SUM).after(part.thread * VECTOR)
+            for v, vector in enumerate(total):
+                r_pairs = cute.recast_tensor(r_sum[None, v], Int32)
+                for i, pair in enumerate(stochastic(vector, dtype, bits.after(v * part.threads * VECTOR))):
+                    r_pairs[i] = pair
+        else:
+            for v, vector in enumerate(total):
+                r_sum[None, v].store(pack(vector, dtype).load())
         return r_sum, scale
 
     def store_row(self, r_row: cute.Tensor, address: Int64, stride: Int64, token: Int32, part: RowTile) -> None:

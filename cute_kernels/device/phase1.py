@@ -22,8 +22,7 @@ them (a *slab*).
 Where out is scaled fp16, a row's scale must be known before its first element is rounded: it is that of a bound of the
 row, sum_n p_sn max|v_n|. The largest magnitudes of the sources are found beside the squares, and exchanged with them.
 
-Where out is rounded stochastically, weights have a third term, for fp32's accuracy, and rows are staged in fp32 and rounded
-where they lie.
+Where out is rounded stochastically, weights have a third term, for fp32's accuracy.
 
 Clusters draw their items from a counter in device memory. SMs differ in speed: with a fixed share of the items each, the
 first was done 60 to 120 us of 430 before the median (measured on an H200), and the others drifted apart.
@@ -78,7 +77,15 @@ from cute_kernels.device.mma import (
 )
 from cute_kernels.device.phase1_queries import K_STEP, TYPES, ChainedSum, Queries, load_queries
 from cute_kernels.device.pipelines import EVICT_FIRST, RowTable, producer_state
-from cute_kernels.device.rounding import PHASE_1_OUT, finite_magnitude, inverse, philox, scale_from, stochastic
+from cute_kernels.device.rounding import (
+    PHASE_1_OUT,
+    RowBits,
+    finite_magnitude,
+    inverse,
+    row_bits,
+    scale_from,
+    stochastic,
+)
 from cute_kernels.device.rows import add, exp_difference, log, reciprocal_root, tree
 
 ITEM = ITEM_BYTES
@@ -152,6 +159,7 @@ class Weights(NamedTuple):
     operands: list[list[list[Pair]]]
     # what makes results of mixes [octet of queries][2], of the tokens of columns 2q and 2q + 1: units over scales of out
     factors: list[list[Float32]]
+    bits: list[RowBits]  # those of `random_bits`, where out is rounded stochastically
 
 
 class Phase1Kernel:
@@ -650,7 +658,9 @@ class Phase1Kernel:
         if shape.scaled_out:
             address = totals + lane.q * 8
             peaks = [self.total(address, first + shape.octets * 256 + 32, cute.arch.fmax) for first in at]
-        operands, factors = [], []
+        # Before what they are worked out beside
+        bits = self.random_bits(work, lane, outputs, item) if self.config.stochastic else []
+        operands, factors, numbers = [], [], []
         for octet in range(shape.octets):
             logits = []
             for group in range(shape.groups):
@@ -665,11 +675,16 @@ class Phase1Kernel:
                 out_scales = [scale_from(finite_magnitude(bound)) for bound in bounds]
                 units = [inverse(s) * unit for s, unit in zip(out_scales, units, strict=True)]
             factors.append(units)
+            numbers += [value == value for value in r_lse]
             self.store_statistics(work, lane, outputs, item, octet, logits, r_lse, out_scales)
             if shape.scaled_sources or shape.scaled_out:
                 # One octet after the other: four together spilled.
                 cute.arch.sync_warp()
-        return Weights(operands, factors)
+        if self.config.stochastic:
+            # Nothing random where results are NaN: those of an item share its columns of the mma.
+            present = cute.arch.vote_all_sync(functools.reduce(operator.and_, numbers))
+            bits = [RowBits(*(select(present, word, Int32(0)) for word in words)) for words in bits]
+        return Weights(operands, factors, bits)
 
     def row_scales(self, memory: Memory, lane: Lane, turn: Int32) -> list[list[Float32]] | None:
         """[group][2], of the lane's columns."""
@@ -792,15 +807,14 @@ class Phase1Kernel:
         shape, tile = self.shape, self.tile
         rows = self.item_rows(memory, lane, turn)
         stage = memory.stage + lane.warp * shape.stage_bytes(tile)
-        for both in self.output_pairs():
+        for pair, both in enumerate(self.output_pairs()):
             operands = [self.weight_terms(lane, weights.operands, both, group) for group in range(shape.groups)]
             factors = self.row_factors(lane, weights.factors, both)
+            bits = [self.octet_bits(lane, weights.bits, 2 * pair + k) for k in range(len(both))] if weights.bits else []
             for first in range(0, tile.blocks, tile.segment):
                 segment = range(first, min(first + tile.segment, tile.blocks))
-                self.mix_segment(lane, rows, operands, factors, segment, stage)
+                self.mix_segment(lane, rows, operands, factors, bits, segment, stage)
                 cute.arch.sync_warp()
-                if self.config.stochastic:
-                    self.draw(work, lane, outputs, item, both, segment, stage)
                 self.store_rows(work, lane, outputs, item, both, segment, stage)
                 cute.arch.sync_warp()
 
@@ -828,6 +842,22 @@ class Phase1Kernel:
             even, odd = (cute.arch.shuffle_sync(factor, source) for factor in factors[octet])
             found.append(select(column % 2 == 0, even, odd))
         return found
+
+    def random_bits(self, work, lane: Lane, outputs: Phase1Outputs, item: Int32) -> list[RowBits]:
+        """Of row c of the item's octets of output rows, by fours: lane (c, q) makes those of the q-th of each four."""
+        shape, found = self.shape, []
+        for first in range(0, shape.out_octets, 4):
+            place = lane.q + first
+            query = place % shape.octets * OCTET + lane.c % shape.octet_queries
+            token = place // shape.octets * shape.octet_tokens + lane.c // shape.octet_queries
+            row = Int32(outputs.first_row) + query * work.tokens + (item * shape.tokens + token)
+            found.append(row_bits(outputs.seed, row, PHASE_1_OUT))
+        return found
+
+    def octet_bits(self, lane: Lane, bits: list[RowBits], octet: int) -> RowBits:
+        """Of row c of the item's octet of output rows, from the lane's first column on."""
+        words = (cute.arch.shuffle_sync(word, lane.c * 4 + octet % 4) for word in bits[octet // 4])
+        return RowBits(*words).after(lane.column + lane.q * (2 * VECTOR))
 
     def weight_terms(self, lane: Lane, weights: list, both: list, group: int) -> list[list[Pair]]:
         """Of one or two octets of output rows, for the group's rows."""
@@ -886,48 +916,23 @@ class Phase1Kernel:
             total = mma_k8(self.dtype, (third[0], Int32(0) if other is None else other[2]), rows, total)
         return total
 
-    def mix_segment(self, lane: Lane, rows: list, operands: list, factors: list, segment: range, stage: Int32) -> None:
+    def mix_segment(self, lane, rows: list, operands: list, factors: list, bits, segment: range, stage: Int32) -> None:
         """weights times rows for some blocks of columns, rounded, into the staging buffer."""
-        stage_row, item = self.shape.stage_row_bytes(self.tile), self.shape.stage_item_bytes
-        at = stage + lane.c * stage_row + lane.q * (2 * VECTOR * item)
+        stage_row = self.shape.stage_row_bytes(self.tile)
+        at = stage + lane.c * stage_row + lane.q * (2 * VECTOR * ITEM)
         for block, sums in self.block_sums(rows, operands, segment):
             for k in range(2 * len(factors)):
                 octet, half = k // 2, k % 2
-                offset = octet * OCTET * stage_row + ((block - segment.start) * BLOCK + half * VECTOR) * item
+                offset = octet * OCTET * stage_row + ((block - segment.start) * BLOCK + half * VECTOR) * ITEM
                 factor, vector = factors[octet], [values[k] for values in sums]
                 if factor is not None:
                     vector = [value * factor for value in vector]
-                if self.config.stochastic:
-                    store_shared(at, offset, vector[:4])
-                    store_shared(at, offset + 16, vector[4:])
+                if bits:
+                    of_vector = bits[octet].after(block * BLOCK + half * VECTOR)
+                    packed = stochastic(vector, self.out_dtype, of_vector, guard=False)
                 else:
-                    store_shared(at, offset, self.pack(vector))
-
-    def pack(self, values: list[Float32]) -> list[Pair]:
-        """As stored."""
-        return [pack(self.out_dtype, first, second) for first, second in zip(values[::2], values[1::2], strict=True)]
-
-    @cute.jit
-    def draw(self, work, lane, outputs, item: Int32, both: list, segment: cutlass.Constexpr[range], stage: Int32):
-        """Staged rows rounded stochastically: a loop, since random bits unrolled were too many registers."""
-        vectors = len(both) * OCTET * len(segment) * BLOCK // VECTOR
-        for i in cutlass.range(lane.lane, vectors, LANES, unroll=1):
-            self.draw_vector(work, lane, outputs, item, both, segment, stage, i)
-        cute.arch.sync_warp()
-
-    def draw_vector(self, work, lane, outputs, item: Int32, both: list, segment: range, stage: Int32, i: Int32) -> None:
-        """One of the staged rows' vectors, to the first half of its place."""
-        shape = self.shape
-        vectors = len(segment) * BLOCK // VECTOR
-        row, vector = i // vectors, i % vectors
-        token, octet = (select(row < OCTET, Int32(a), Int32(b)) for a, b in zip(both[0], both[-1], strict=True))
-        query = octet * OCTET + row % OCTET % shape.octet_queries
-        token = item * shape.tokens + token + row % OCTET // shape.octet_queries
-        eight = (lane.column + segment.start * BLOCK) // VECTOR + vector
-        words = philox(outputs.seed, eight, Int32(outputs.first_row) + query * work.tokens + token, PHASE_1_OUT)
-        address = stage + row * shape.stage_row_bytes(self.tile) + vector * (VECTOR * 4)
-        values = load_shared(Float32, address, 0, 4) + load_shared(Float32, address, 16, 4)
-        store_shared(address, 0, self.pack(stochastic(values, self.out_dtype, words)))
+                    packed = [pack(self.out_dtype, *pair) for pair in zip(vector[::2], vector[1::2], strict=True)]
+                store_shared(at, offset, packed)
 
     def store_rows(self, work, lane, outputs, item: Int32, both: list, segment: range, stage: Int32) -> None:
         """Staged rows to device memory, 16 bytes a lane, whole rows one after the other.
@@ -946,19 +951,19 @@ class Phase1Kernel:
             (lane_row, 0) if at_once <= per_token else (lane_row % per_token, lane_row // per_token)
         )
         column = lane.column + segment.start * BLOCK + lane_vector * VECTOR
-        first, tokens, vector_bytes = item * shape.tokens, Int64(work.tokens), VECTOR * shape.stage_item_bytes
+        first, tokens = item * shape.tokens, Int64(work.tokens)
         for half, (token, octet) in enumerate(both):
             count = shape.octet_tokens * per_token
             if shape.octet_tokens == 1:
                 count = min(count, shape.num_queries - octet * OCTET)
             row = lane_query * tokens + lane_token + (octet * OCTET * tokens + first + token)
             address = outputs.out + (row * shape.hidden_size + column) * ITEM
-            staged = stage + lane_row * shape.stage_row_bytes(self.tile) + lane_vector * vector_bytes
+            staged = stage + lane_row * shape.stage_row_bytes(self.tile) + lane_vector * 16
             places = [(r, v) for r in range(0, count, at_once) for v in range(0, vectors, width)]
             for batch in range(0, len(places), STORE_BATCH):
                 moved = []
                 for r, v in places[batch : batch + STORE_BATCH]:
-                    offset = (half * OCTET + r) * shape.stage_row_bytes(self.tile) + v * vector_bytes
+                    offset = (half * OCTET + r) * shape.stage_row_bytes(self.tile) + v * 16
                     moved.append((r, v, load_shared(Int32, staged, offset, 4)))
                 for r, v, values in moved:
                     conditions = []

@@ -79,8 +79,8 @@ from cute_kernels.device.mma import (
 )
 from cute_kernels.device.phase1_queries import TYPES, ChainedSum, QueryReader
 from cute_kernels.device.pipelines import EVICT_FIRST, producer_state
-from cute_kernels.device.rounding import D_SOURCES, inverse, philox, stochastic, transpose_words
-from cute_kernels.device.rows import add, exp_difference, tree
+from cute_kernels.device.rounding import D_SOURCES, inverse, row_bits, stochastic
+from cute_kernels.device.rows import add, exp_difference, tree, warp_max
 
 ITEM = ITEM_BYTES
 TILES = STEP // 8  # mma tiles of columns that one ldmatrix covers
@@ -755,9 +755,7 @@ class Phase1BwdKernel:
     def scale_of(self, pairs: list[list[Float32]]) -> tuple[Float32, Float32]:
         """The power of two for fp16 weights of an item, and its inverse."""
         peak = tree(cute.arch.fmax, [cute.arch.fmax(value, -value) for pair in pairs for value in pair])
-        for offset in (16, 8, 4, 2, 1):
-            peak = cute.arch.fmax(peak, cute.arch.shuffle_sync_bfly(peak, offset=offset))
-        return power_of_two_scale(peak)
+        return power_of_two_scale(warp_max(cute.arch.fmax(peak, Float32(0.0))))  # NaN has no say
 
     def mix(self, memory: Memory, work: Work, lane: Lane, item: Item, sums: Sums, scale: Float32, seeds: list) -> None:
         """An item's gradients over the warp's columns: adds to du and d_sources.
@@ -796,10 +794,12 @@ class Phase1BwdKernel:
 
         steps = self.steps()
         loaded = load(0) if self.ahead else []
+        rounds = item.last and config.stochastic
+        if rounds:  # before the weights, beside which they are worked out
+            row = lane.c * work.tokens + work.item(item.turn)
+            bits = row_bits(seeds[0], row, D_SOURCES).after(lane.column + lane.q * 2)
         weights = self.weights(memory, lane, item, sums, scale)
         operands = self.pairs(weights.p, weights.g * config.query_terms)
-        rounds = item.last and config.stochastic
-        row = lane.c * work.tokens + work.item(item.turn) if rounds else None
         stage_index = item.turn % tile.stages
         stage = memory.stage + stage_index * config.stage_bytes + lane.offset + lane.c * tile.row_bytes + lane.q * 4
         if item.last:
@@ -808,19 +808,15 @@ class Phase1BwdKernel:
             sources, *rest = loaded if self.ahead else load(step)
             # Before this step's stores: the compiler cannot tell that they go elsewhere.
             loaded = load(step + 1) if self.ahead and step + 1 < len(steps) else []
-            words = self.random_words(lane, row, seeds[0], tiles[0]) if rounds else []
             for i, k in enumerate(tiles):
                 source, total = self.source_terms(sources[i]), None
                 self.add_products(weights, source, sums.du, k, item)
                 for term in source if item.last else ():
-                    total = self.product([weights.pull], (term,), total)
+                    total = self.pull(weights.pull, term, total)
                 for operand, matrices in zip(operands, rest, strict=False):
                     total = self.product(operand, matrices[i], total)
                 for operand, matrices in zip(operands, rest, strict=False):
                     total = self.add_thirds(operand, matrices[i], total)
-                if item.last:
-                    # Of a source's own second term, it is too small.
-                    total = self.add_thirds([weights.pull], source[:1], total)
                 d_source = [total[e] + total[2 + e] for e in range(2)]
                 if weights.unscale is not None:
                     d_source = [value * weights.unscale for value in d_source]
@@ -831,8 +827,9 @@ class Phase1BwdKernel:
                         value + old for value, old in zip(d_source, unpack(self.dtype, rest[-1][i]), strict=True)
                     ]
                 if rounds:
-                    d_source = stochastic(d_source, self.dtype, words[i : i + 1])
-                if item.last:
+                    packed = stochastic(d_source, self.dtype, bits.after(k * 8))
+                    store_shared(stage, k * 16, packed, lane.c < config.num_sources)
+                elif item.last:
                     packed = pack(self.dtype, *d_source)
                     store_shared(stage, k * 16, [packed], lane.c < config.num_sources)
                 else:
@@ -849,14 +846,6 @@ class Phase1BwdKernel:
             if item.last:
                 cute.arch.mbarrier_arrive(memory.sources_empty + source_index)
                 cute.arch.mbarrier_arrive(memory.staged + stage_index)
-
-    def random_words(self, lane: Lane, row: Int32, seed: Int64, tile: int) -> list[Int32]:
-        """For each of four tiles from `tile` on, the word with the random bits of this lane's two columns.
-
-        A call of Philox makes those of a tile's eight columns: each lane of a quad calls it for one of the tiles.
-        """
-        words = philox(seed, lane.column // VECTOR + tile + lane.q, row, D_SOURCES)
-        return transpose_words(words, lane.q)
 
     def pairs(self, outputs: list, queries: list) -> list[list]:
         """What belongs to octets of outputs and of queries, by twos that share an mma: those of one dtype."""
@@ -877,6 +866,13 @@ class Phase1BwdKernel:
         if not thirds:
             return total
         return self.octet_products(octets[0].dtype, [Int32(0)] * len(thirds), thirds, rows, total)
+
+    def pull(self, weight: Weight, rows: Pair, total: list[Float32] | None) -> list[Float32]:
+        """Adds an octet's weights, all of their terms, times its rows."""
+        high, low, *third = weight.terms
+        if not third:
+            return mma_k8(weight.dtype, (high, low), rows, total)
+        return mma(weight.dtype, ((high, low), (third[0], Int32(0))), (rows, rows), total)
 
     def octet_products(self, dtype: type[Numeric], upper, lower, rows, total: list[Float32] | None) -> list[Float32]:
         """Adds weights, rows 0 to 7 and rows 8 to 15, times one or two octets of rows."""

@@ -2,15 +2,15 @@
 
     stored values = x / scale        scale = 2^(e - 14) of a row whose largest finite magnitude is in [2^e, 2^(e+1))
 
-The random bits of element d of row r: Philox-4x32-10, key seed, counter (d >> 3, r, r >> 32, stream). A call makes the sixteen
-bits of the eight elements of a vector.
+The random bits of element d of row r are the upper half of a d + b, modulo 2^32: a and b are the first words of Philox-4x32-10,
+key seed, counter (r, r >> 32, stream, 0).
 """
 
-import cutlass.cute as cute
+from typing import NamedTuple
+
 from cutlass import BFloat16, Float32, Int32, Int64, Numeric
 
-from cute_kernels.device.mma import ptx
-from cute_kernels.device.rows import select
+from cute_kernels.device.mma import Pair, pack, ptx, select, zip_pairs
 
 # streams
 PHASE_1_OUT = 0
@@ -55,44 +55,63 @@ def multiply(x: Int32, factor: int) -> tuple[Int32, Int32]:
     return high, x * Int32(signed(factor))
 
 
-def philox(seed: Int64, eight: Int32, row: Int32, stream: int) -> list[Int32]:
-    """Four words for columns 8 * eight to 8 * eight + 7 of a row."""
+class RowBits(NamedTuple):
+    """Random bits of a row from some column on: column d's are the upper ones of step * d + first."""
+
+    step: Int32
+    first: Int32
+
+    def after(self, columns: Int32 | int) -> "RowBits":
+        return RowBits(self.step, self.first + self.step * Int32(columns))
+
+
+def row_bits(seed: Int64, row: Int32, stream: int) -> RowBits:
+    """Those of a row from its first column on."""
     key = [Int32(seed & 0xFFFFFFFF), Int32(seed >> 32)]
-    c0, c1, c2, c3 = Int32(eight), Int32(row), Int32(0), Int32(stream)
+    c0, c1, c2, c3 = Int32(row), Int32(0), Int32(stream), Int32(0)
     for i in range(ROUNDS):
         high0, low0 = multiply(c0, 0xD2511F53)
         high2, low2 = multiply(c2, 0xCD9E8D57)
         k0, k1 = key[0] + Int32(signed(i * 0x9E3779B9)), key[1] + Int32(signed(i * 0xBB67AE85))
         c0, c1, c2, c3 = high2 ^ c1 ^ k0, low2, high0 ^ c3 ^ k1, low0
-    return [c0, c1, c2, c3]
+    return RowBits(c0, c1)
 
 
-def transpose_words(words: list[Int32], q: Int32) -> list[Int32]:
-    """Word i of lane q of a quad becomes word q of its lane i."""
-    for offset in (1, 2):
-        upper = (q & offset) != 0
-        for i in (0, 3 - offset):
-            low, high = words[i], words[i + offset]
-            other = cute.arch.shuffle_sync_bfly(select(upper, low, high), offset=offset)
-            words[i], words[i + offset] = select(upper, other, low), select(upper, high, other)
-    return words
+def upper_bits(word: Int32, count: int) -> Int32:
+    return ptx(f"shr.u32 $0,$1,{32 - count};", [Int32], [word], effects=False)[0]
 
 
-def stochastic(values: list[Float32], dtype: type[Numeric], words: list[Int32]) -> list[Float32]:
-    """A vector rounded to neighbours in bf16 or fp16, the one away from zero as likely as the discarded bits say."""
-    halves = [half for word in words for half in (word & 0xFFFF, (word >> 16) & 0xFFFF)]
-    return [stochastic_element(x, dtype, random) for x, random in zip(values, halves, strict=True)]
+def add_toward_zero(a: Float32, b: Float32) -> Float32:
+    return ptx("add.rz.f32 $0,$1,$2;", [Float32], [a, b], effects=False)[0]
 
 
-def stochastic_element(x: Float32, dtype: type[Numeric], random: Int32) -> Float32:
-    bits, magnitude = x.bitcast(Int32), magnitude_bits(x)
-    if dtype is BFloat16:
-        rounded = (bits + random) & -0x10000  # a carry reaches the sign of NaN alone
-    else:
-        random = random >> 3
-        small = magnitude < 113 << 23
-        steps = Int32(select(small, magnitude.bitcast(Float32) * Float32(2.0**37), Float32(0.0)))
-        subnormal = Float32((steps + random) >> 13) * Float32(2.0**-24)
-        rounded = select(small, subnormal.bitcast(Int32), (magnitude + random) & -0x2000)
-        rounded = rounded | (bits & Int32(-(1 << 31)))
-    return select(magnitude < INFINITE_BITS, rounded, bits).bitcast(Float32)
+def stochastic(values: list[Float32], dtype: type[Numeric], bits: RowBits, guard: bool = True) -> list[Pair]:
+    """Neighbouring columns, the first that of `bits`, as neighbours in bf16 or fp16: the one away from zero as likely as the
+    discarded bits say. Without guard, NaN only stays NaN where all bits are zero.
+    """
+    drawn, word = [], bits.first
+    for x in values:
+        drawn.append(stochastic_bf16(x, word, guard) if dtype is BFloat16 else stochastic_fp16(x, word, guard))
+        word = word + bits.step
+    pairs = zip(drawn[::2], drawn[1::2], strict=True)
+    return [zip_pairs(*pair, 1) if dtype is BFloat16 else pack(dtype, *pair) for pair in pairs]
+
+
+def increased(x: Float32, random: Int32, guard: bool) -> Int32:
+    """The bits of a number whose magnitude grows by random ones. NaN overflows: arithmetic makes it the largest integer."""
+    bits = x.bitcast(Int32)
+    total = bits + random
+    return select(total < bits, bits, total) if guard else total
+
+
+def stochastic_bf16(x: Float32, word: Int32, guard: bool) -> Int32:
+    """In the upper half."""
+    return increased(x, upper_bits(word, 16), guard)
+
+
+def stochastic_fp16(x: Float32, word: Int32, guard: bool) -> Float32:
+    sign = x.bitcast(Int32) & Int32(-(1 << 31))
+    # Beside 2^-14, a subnormal number of fp16 has the same bits to discard as others, but for those below 2^-37.
+    beside = select(magnitude_bits(x) < 113 << 23, sign | (113 << 23), Int32(0)).bitcast(Float32)
+    rounded = (increased(add_toward_zero(x, beside), upper_bits(word, 13), guard) & -0x2000).bitcast(Float32)
+    return ((rounded - beside).bitcast(Int32) | sign).bitcast(Float32)

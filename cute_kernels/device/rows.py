@@ -135,10 +135,9 @@ def select(condition: Boolean, a: Item, b: Item) -> Item:
 
 
 def warp_max(value: Float32) -> Float32:
-    """The largest over the warp, in every lane."""
-    for offset in (16, 8, 4, 2, 1):
-        value = cute.arch.fmax(value, cute.arch.shuffle_sync_bfly(value, offset=offset))
-    return value
+    """The largest of the warp's numbers, none of them negative or NaN, in every lane: by one reduction of integers, whose order
+    is theirs."""
+    return cute.arch.warp_redux_sync(value.bitcast(Int32), "max").bitcast(Float32)
 
 
 def warp_sum(value: Float32) -> Float32:

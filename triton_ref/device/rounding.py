@@ -2,8 +2,8 @@
 
     stored values = x / scale        scale = 2^(e - 14) of a row whose largest finite magnitude is in [2^e, 2^(e+1))
 
-The random bits of element d of row r: Philox-4x32-10, key seed, counter (d >> 3, r, r >> 32, stream). A call makes the sixteen
-bits of eight elements.
+The random bits of element d of row r are the upper half of a d + b, modulo 2^32: a and b are the first words of Philox-4x32-10,
+key seed, counter (r, r >> 32, stream, 0).
 """
 
 import triton
@@ -49,17 +49,13 @@ def inverse(scale):
 
 @triton.jit
 def random_bits(seed, STREAM: tl.constexpr, row, first, SHAPE: tl.constexpr):
-    """16 bits for each element of columns first, first + 1, ... (a multiple of eight): [BLOCK_D] of row `row`, or [BLOCK_S,
-    BLOCK_D] of rows `row` [BLOCK_S, 1]."""
-    EIGHTS: tl.constexpr = SHAPE[len(SHAPE) - 1] // 8
-    o_eight = (first >> 3) + tl.arange(0, EIGHTS)[None, :]
+    """16 bits for each element of columns first, first + 1, ...: [BLOCK_D] of row `row`, or [BLOCK_S, BLOCK_D] of rows `row`
+    [BLOCK_S, 1]."""
     row = row + tl.zeros([1, 1], tl.int64)
-    o_eight, row = tl.broadcast(o_eight, row)
-    stream = tl.full(row.shape, STREAM, tl.uint32)
-    w0, w1, w2, w3 = tl.philox(seed, o_eight, (row & 0xFFFFFFFF).to(tl.uint32), (row >> 32).to(tl.uint32), stream)
-    # [BLOCK_S, EIGHTS, 2, 2], so that the words of eight elements lie in order
-    b_words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
-    return tl.reshape(tl.join(b_words & 0xFFFF, b_words >> 16).to(tl.int32), SHAPE)
+    low, high = (row & 0xFFFFFFFF).to(tl.uint32), (row >> 32).to(tl.uint32)
+    step, start, _, _ = tl.philox(seed, low, high, tl.full(row.shape, STREAM, tl.uint32), tl.zeros_like(low))
+    o_d = (first + tl.arange(0, SHAPE[len(SHAPE) - 1])).to(tl.uint32)[None, :]
+    return tl.reshape(((step * o_d + start) >> 16).to(tl.int32), SHAPE)
 
 
 @triton.jit
