@@ -140,6 +140,7 @@ def lanes(monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
     monkeypatch.setattr(cute.math, "rsqrt", lambda x, fastmath: single(1) / np.sqrt(x))
     monkeypatch.setattr(mix_bwd, "Int64", int)
     monkeypatch.setattr(mix_bwd, "inverse", lambda scale: single(1) / scale)
+    monkeypatch.setattr(mix_bwd, "warp_max", lambda value: np.full(LANES, value.max()))
     monkeypatch.setattr(cute, "size", len)
     monkeypatch.setattr(mix_bwd, "opaque", lambda value: value)
     monkeypatch.setattr(mix_bwd, "unpack", lambda row, v: list(row[v]))
