@@ -1,7 +1,7 @@
 """Whole networks and the serving block: `python -m bench.network --out bench/results`. Needs a GPU.
 
 Time and peak memory of a chain of layers with Block AttnRes, forward (without gradient) and forward with backward, and of one block
-of sites as a serving model's prefill runs it. Writes network_<device>.json after every case (`--resume` adds the cases it lacks),
+of sites as a serving model's prefill runs it. Writes network_<device>.json after every case (`--resume` goes on with it),
 then a Markdown table. Exit code 1 if a result of ours failed, 2 without a GPU.
 """
 
@@ -35,7 +35,7 @@ from bench.timing import COPY, OutOfTime
 
 ROUNDS = 5
 BURST_SECONDS = 0.02
-FIRST_CALL_SECONDS = 60.0  # of one provider in one case: imports, compiles, autotunes
+FIRST_CALL_SECONDS = 240.0  # of one provider in one case; flash-attn-res's backward autotunes for longer than 110 s
 CHECKED_TOKENS = 64
 EPS = 1e-6
 
@@ -116,6 +116,9 @@ class SwiGLU(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         gate, up = self.gate_up(F.rms_norm(hidden, hidden.shape[-1:], self.norm, EPS)).chunk(2, -1)
         return self.down(F.silu(gate) * up)
+
+
+_PLACES = {case.name: place for place, case in enumerate(CASES)}
 
 
 @dataclass(frozen=True)
@@ -245,15 +248,15 @@ def direct_sites(backend: str, case: NetworkCase, made: Made) -> Run:
 
 def fla_sites(case: NetworkCase, made: Made) -> Run:
     fused = importlib.import_module("fla.ops.attnres").fused_attnres
-    norm = torch.ones_like(made.queries[0])
+    ones = torch.ones_like(made.queries[0])  # of key and of output norm
     blocks = [block.contiguous() for block in made.inputs.unbind(1)]
 
     def run() -> dict[str, Tensor]:
-        out, prefix = fused(made.queries[0], blocks, None, norm, EPS), made.deltas[1 % len(made.deltas)].clone()
+        out, prefix = fused(made.queries[0], blocks, ones, ones, EPS), made.deltas[1 % len(made.deltas)].clone()
         for index in range(1, case.layers):
             if index > 1:
                 prefix.add_(made.deltas[index % len(made.deltas)])
-            out = fused(made.queries[index], [*blocks, prefix], None, norm, EPS)
+            out = fused(made.queries[index], [*blocks, prefix], ones, ones, EPS)
         return {"out": out}
 
     return run
@@ -376,6 +379,12 @@ def measure(
     return entry
 
 
+def left(data: results.Results) -> list[NetworkCase]:
+    """Cases that the results lack, or in which a provider failed."""
+    done = {each["name"] for each in data["cases"] if all("us" in found for found in each["results"].values())}
+    return [case for case in CASES if case.name not in done]
+
+
 def table(case: dict[str, Any]) -> Table:
     grid = Table(title=case["name"], title_justify="left", pad_edge=False)
     for column in COLUMNS:
@@ -426,7 +435,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--first-call-seconds", type=float, default=FIRST_CALL_SECONDS, help="limit of a provider's first call"
     )
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--resume", action="store_true", help="only cases that the results in --out lack")
+    parser.add_argument(
+        "--resume", action="store_true", help="only cases that the results in --out lack, or in which a provider failed"
+    )
     options = parser.parse_args(arguments)
     names = options.providers.split(";") if options.providers else list(PROVIDERS)
     unknown = [name for name in names if name not in PROVIDERS]
@@ -446,13 +457,13 @@ def main(arguments: list[str] | None = None) -> int:
     before = results.resumed(path, metadata) if options.resume else None
     data: results.Results = before or {"metadata": metadata, "cases": []}
     autotune.speed_up()
-    done = {entry["name"] for entry in data["cases"]}
     status = 0
-    for case in CASES:
-        if options.cases not in case.name or case.name in done:
+    for case in left(data):
+        if options.cases not in case.name:
             continue
         entry = measure(case, names, device, options)
-        data["cases"].append(entry)
+        others = [each for each in data["cases"] if each["name"] != case.name]
+        data["cases"] = sorted([*others, entry], key=lambda each: _PLACES.get(each["name"], len(_PLACES)))
         results.save(data, path)
         console.print(table(entry))
         ours_failed = [

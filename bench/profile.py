@@ -11,7 +11,6 @@ import argparse
 import csv
 import io
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -101,21 +100,12 @@ def parse(text: str) -> list[dict[str, Any]]:
     labels = {metric: label for label, metric in METRICS.items()}
     found: dict[str, dict[str, Any]] = {}
     for row in csv.DictReader(io.StringIO("\n".join(lines[start:]))):
-        entry = found.setdefault(row["ID"], {"case": _readable(row["Kernel Name"])})
+        entry = found.setdefault(row["ID"], {"case": row["Kernel Name"].rpartition("/")[0]})
         label = labels.get(row["Metric Name"])
         if label:
             value = float(row["Metric Value"].replace(",", ""))
             entry[label] = round(value * _UNITS.get(row["Metric Unit"], 1.0), 2)
     return list(found.values())
-
-
-def _readable(name: str) -> str:
-    """The NVTX range a kernel ran in; autograd's thread has none, so there the kernel's class."""
-    case, _, kernel = name.rpartition("/")
-    if case:
-        return case
-    found = re.search(r"([A-Z][A-Za-z0-9]*Kernel)_object", kernel)
-    return found.group(1) if found else kernel
 
 
 def to_markdown(data: dict[str, Any]) -> str:

@@ -82,6 +82,7 @@ def resumed(path: Path, now: dict[str, Any]) -> Results | None:
     other = [name for name in CONDITIONS if data["metadata"].get(name) != now.get(name)]
     if other:
         raise SystemExit(f"{path} was measured with another {', '.join(other)}: start anew, without --resume")
+    data.pop("stopped", None)
     return data
 
 

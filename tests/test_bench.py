@@ -394,6 +394,7 @@ def test_a_run_keeps_going_past_what_fails(tmp_path: Path, monkeypatch: pytest.M
     assert f"| {SMALL[2].name} | 1.5 |" in path.with_suffix(".md").read_text()
 
     found["cases"][0]["results"]["late"] = {"status": "skipped: time budget spent"}
+    found["stopped"] = "KeyboardInterrupt"
     path.write_text(json.dumps(found))
     resumed = run.Suite(torch.device("cpu"), chosen, path, 3, 60.0, console, resume=True)
     assert resumed.left([SMALL[0], SMALL[2], decode]) == [SMALL[0]]
@@ -401,6 +402,7 @@ def test_a_run_keeps_going_past_what_fails(tmp_path: Path, monkeypatch: pytest.M
     again = json.loads(path.read_text())
     assert sorted(case["name"] for case in again["cases"]) == sorted(case["name"] for case in found["cases"])
     assert again["metadata"]["resumed"][0]["seconds"] >= 0
+    assert "stopped" not in again
     other = {**fake()["metadata"], "l2_bytes": 1000, "kernel sources": "of another day"}
     monkeypatch.setattr(results, "metadata", lambda device: other)
     with pytest.raises(SystemExit, match="another kernel sources"):
@@ -495,6 +497,16 @@ def test_host_cases_are_forward() -> None:
 
 
 # --- whole networks ---
+
+
+def test_a_resumed_run_of_networks_repeats_what_failed() -> None:
+    names = [case.name for case in network.CASES]
+    found = {"ours-cute": {"us": 1.0}}
+    cases = [
+        {"name": names[0], "results": found},
+        {"name": names[2], "results": {**found, "fla-triton": {"status": "failed"}}},
+    ]
+    assert [case.name for case in network.left({"cases": cases})] == names[1:]
 
 
 def test_network_schedule_bytes() -> None:
