@@ -491,6 +491,29 @@ def test_first_calls_to_compile_ahead_are_of_the_suites() -> None:
         assert provider in (network.SERVING if networks[case].serving else network.NETWORKS)
 
 
+def test_first_calls_of_a_resumed_run_are_of_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    metadata = {**fake()["metadata"], "l2_bytes": 1000}
+    monkeypatch.setattr(results, "metadata", lambda device: metadata)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    assert warm.jobs_left("run", tmp_path) == warm.suite_jobs()
+    done = [{"name": case.name, "copy": {}, "results": {}} for case in ops.CASES[:-2]]
+    results.save({"metadata": metadata, "cases": done}, results.path_in(tmp_path, "NVIDIA H200"))
+    assert {case for case, _ in warm.jobs_left("run", tmp_path)} == {case.name for case in ops.CASES[-2:]}
+    timed = [{"name": case.name, "results": {"ours-cute": {"us": 1.0}}} for case in network.CASES[1:]]
+    results.save({"metadata": metadata, "cases": timed}, results.path_in(tmp_path, "NVIDIA H200", "network"))
+    assert warm.jobs_left("network", tmp_path) == []  # a forward alone: its backward's kernels are there
+
+
+def test_failed_first_calls_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autotune, "speed_up", lambda threads: None)
+
+    def call(case: str, provider: str) -> None:
+        raise {"a": providers.Unsupported("no such operation"), "b": torch.OutOfMemoryError("full")}[case]
+
+    assert [warm._run(call, (case, "p"), 2) for case in "ab"] == ["", "OutOfMemoryError"]
+
+
 def test_host_cases_are_forward() -> None:
     assert all(not case.backward for case in host.SMALL_CASES.values())
     assert set(host.HOST_PROVIDERS + host.FIRST_CALL_PROVIDERS) <= set(PROVIDERS)
