@@ -74,8 +74,16 @@ def _save(figure: Figure, stem: Path) -> list[Path]:
     paths = [stem.with_suffix(suffix) for suffix in (".png", ".svg")]
     for path in paths:
         figure.savefig(path, dpi=130, bbox_inches="tight", metadata={"Date": None})
+    paths[-1].write_text(_numbered(paths[-1].read_text()))
     plt.close(figure)
     return paths
+
+
+def _numbered(svg: str) -> str:
+    """Clip paths by number: matplotlib's hashes take in the layout's last bits, which differ from run to run."""
+    for number, name in enumerate(re.findall(r'<clipPath id="(\w+)"', svg)):
+        svg = svg.replace(name, f"clip{number}")
+    return svg
 
 
 def _shares(shared: dict[str, list[dict[str, Any]]], title: str) -> Figure:
