@@ -403,6 +403,17 @@ def test_a_run_keeps_going_past_what_fails(tmp_path: Path, monkeypatch: pytest.M
     assert sorted(case["name"] for case in again["cases"]) == sorted(case["name"] for case in found["cases"])
     assert again["metadata"]["resumed"][0]["seconds"] >= 0
     assert "stopped" not in again
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(timing, "measure", interrupted)
+    resumed = run.Suite(torch.device("cpu"), chosen, path, 3, 60.0, console, resume=True)
+    assert run._measure(resumed, [SMALL[1]], quick=True) == 1
+    stopped = json.loads(path.read_text())
+    assert stopped["stopped"].startswith("KeyboardInterrupt")
+    assert stopped["cases"] == again["cases"]
+
     other = {**fake()["metadata"], "l2_bytes": 1000, "kernel sources": "of another day"}
     monkeypatch.setattr(results, "metadata", lambda device: other)
     with pytest.raises(SystemExit, match="another kernel sources"):
