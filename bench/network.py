@@ -118,9 +118,6 @@ class SwiGLU(nn.Module):
         return self.down(F.silu(gate) * up)
 
 
-_PLACES = {case.name: place for place, case in enumerate(CASES)}
-
-
 @dataclass(frozen=True)
 class Made:
     """A case's tensors."""
@@ -381,8 +378,7 @@ def measure(
 
 def left(data: results.Results) -> list[NetworkCase]:
     """Cases that the results lack, or in which a provider failed."""
-    done = {each["name"] for each in data["cases"] if all("us" in found for found in each["results"].values())}
-    return [case for case in CASES if case.name not in done]
+    return results.left(data, CASES, lambda each: all("us" in found for found in each["results"].values()))
 
 
 def table(case: dict[str, Any]) -> Table:
@@ -462,8 +458,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.cases not in case.name:
             continue
         entry = measure(case, names, device, options)
-        others = [each for each in data["cases"] if each["name"] != case.name]
-        data["cases"] = sorted([*others, entry], key=lambda each: _PLACES.get(each["name"], len(_PLACES)))
+        results.put(data, entry, CASES)
         results.save(data, path)
         console.print(table(entry))
         ours_failed = [

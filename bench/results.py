@@ -6,7 +6,7 @@ import json
 import os
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,19 @@ def finished(case: dict[str, Any]) -> bool:
     """Whether every provider had its turn."""
     statuses = [found.get("status", "") for found in case["results"].values()]
     return "copy" in case and not any(status.startswith("skipped") for status in statuses)
+
+
+def left(data: Results, cases: Sequence[Any], done: Callable[[dict[str, Any]], bool] = finished) -> list[Any]:
+    """Cases that have no entry that is done."""
+    names = {each["name"] for each in data["cases"] if done(each)}
+    return [case for case in cases if case.name not in names]
+
+
+def put(data: Results, entry: dict[str, Any], cases: Sequence[Any]) -> None:
+    """Adds an entry, in place of an earlier one of its case, in the order of the cases."""
+    places = {case.name: place for place, case in enumerate(cases)}
+    others = [each for each in data["cases"] if each["name"] != entry["name"]]
+    data["cases"] = sorted([*others, entry], key=lambda each: places.get(each["name"], len(places)))
 
 
 def entry(case: Case) -> dict[str, Any]:

@@ -27,7 +27,6 @@ FIRST_CALL_SECONDS = 40.0  # of one provider in one case: imports, compiles, aut
 BURST_SECONDS = 0.01
 ROUNDS = 7
 QUICK_ROUNDS = 3
-_PLACES = {case.name: place for place, case in enumerate(CASES)}
 
 
 class Suite:
@@ -59,17 +58,11 @@ class Suite:
         self.copy = timing.copy(self.device)
         self.begun = time.monotonic()
 
-    def left(self, cases: list[Case]) -> list[Case]:
-        done = {entry["name"] for entry in self.data["cases"]}
-        return [case for case in cases if case.name not in done]
-
     def jobs(self, case: Case) -> list[Provider]:
         return [provider for provider in self.providers if provider.wants(case)]
 
-    def run(self, case: Case) -> None:
-        entry = results.entry(case)
-        self.data["cases"].append(entry)
-        self.data["cases"].sort(key=lambda each: _PLACES.get(each["name"], len(_PLACES)))
+    def run(self, case: Case, entry: dict[str, Any]) -> None:
+        """Fills the case's entry."""
         out_of_time = time.monotonic() - self.begun > self.peer_seconds
         sets = [make_inputs(case, self.device, seed) for seed in range(case.sets(self.l2_bytes))]
         exact = sample(case, sets[0])
@@ -91,7 +84,6 @@ class Suite:
                 entry[COPY] = summary
             else:
                 entry["results"][name] |= summary
-        self.save()
         self.console.print(_line(entry), markup=False, soft_wrap=True)
 
     def _prepare(
@@ -189,7 +181,7 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device("cuda", torch.cuda.current_device())
     rounds = QUICK_ROUNDS if options.quick else ROUNDS
     suite = Suite(device, providers, path, rounds, options.peer_seconds, console, options.resume)
-    cases = suite.left(cases)
+    cases = results.left(suite.data, cases)
     tell_missing(suite.data["missing"], options.providers is not None, console)
     autotune.speed_up()
     return _measure(suite, cases, options.quick)
@@ -216,12 +208,14 @@ def _measure(suite: Suite, cases: list[Case], quick: bool) -> int:
             data["writes_alone"] = timing.writes_alone(suite.device, suite.rounds)
             _overheads(suite, ours=True)
         for case in cases:
+            entry = results.entry(case)
             try:
-                suite.run(case)
+                suite.run(case, entry)
             except Exception as error:  # of inputs or the oracle: the other cases can still run
-                entry = next(each for each in data["cases"] if each["name"] == case.name)
                 entry["failed"] = f"{type(error).__name__}: {error}".splitlines()[0]
                 console.print(f"{case.name}: {entry['failed']}", style="red", markup=False)
+            results.put(data, entry, CASES)
+            suite.save()
             gc.collect()
             torch.cuda.empty_cache()
             torch.cuda.synchronize()  # raises if a kernel has left the device unusable
@@ -231,7 +225,6 @@ def _measure(suite: Suite, cases: list[Case], quick: bool) -> int:
     except (RuntimeError, KeyboardInterrupt) as error:
         status = 1
         data["stopped"] = f"{type(error).__name__}: {error}".splitlines()[0]
-        data["cases"] = [case for case in data["cases"] if "copy" in case or "failed" in case]  # the last was not timed
         console.print(f"stopped: {data['stopped']}", style="red", markup=False)
     suite.save()
     results.print_tables(data, console)

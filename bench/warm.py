@@ -74,13 +74,11 @@ def _run(call: Callable[[str, str], None], job: Job, threads: int) -> str:
         with limit(ONE_CALL_SECONDS):
             call(*job)
             torch.cuda.synchronize()
-    except Unsupported:
         return ""
     except (Exception, OutOfTime) as error:
-        return type(error).__name__
+        return "" if isinstance(error, Unsupported) else type(error).__name__
     finally:
         torch.cuda.empty_cache()
-    return ""
 
 
 CALLS: dict[str, Callable[[str, str], None]] = {"run": first_suite_call, "network": first_network_call}
@@ -95,8 +93,7 @@ def jobs_left(suite: str, out: Path | None) -> list[Job]:
         data = results.resumed(path, results.metadata(device)) or data
     if suite == "network":
         return network_jobs(network.left(data))
-    done = {case["name"] for case in data["cases"] if results.finished(case)}
-    return suite_jobs([case for case in CASES if case.name not in done])
+    return suite_jobs(results.left(data, CASES))
 
 
 def warm(suite: str, seconds: float, out: Path | None = None) -> str:

@@ -397,7 +397,7 @@ def test_a_run_keeps_going_past_what_fails(tmp_path: Path, monkeypatch: pytest.M
     found["stopped"] = "KeyboardInterrupt"
     path.write_text(json.dumps(found))
     resumed = run.Suite(torch.device("cpu"), chosen, path, 3, 60.0, console, resume=True)
-    assert resumed.left([SMALL[0], SMALL[2], decode]) == [SMALL[0]]
+    assert results.left(resumed.data, [SMALL[0], SMALL[2], decode]) == [SMALL[0]]
     assert run._measure(resumed, [SMALL[0]], quick=True) == 0
     again = json.loads(path.read_text())
     assert sorted(case["name"] for case in again["cases"]) == sorted(case["name"] for case in found["cases"])
