@@ -29,7 +29,6 @@ sanitize: .venv/installed
 # Needs a GPU; installs the peers it compares with.
 bench: .venv/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,bench]"
-	$(BIN)/python -m bench.warm
 	$(BIN)/python -m bench.run --out bench/results
 	$(BIN)/python -m bench.network --out bench/results
 

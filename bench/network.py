@@ -14,7 +14,8 @@ import gc
 import importlib
 import logging
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,14 @@ import attnres
 from attnres import numerics, oracle
 from attnres.scaled import SCALED_FP16
 from attnres.sites import direct_elements, two_phase_elements
-from bench import autotune, providers, results, timing
+from bench import autotune, providers, results, timing, warm
 from bench.ops import ITEMSIZE
 from bench.timing import COPY, OutOfTime
 
 ROUNDS = 5
 BURST_SECONDS = 0.02
 FIRST_CALL_SECONDS = 150.0  # of one provider in one case; flash-attn-res autotunes its backward for longer than 60 s
+FIRST_CALL_MEMORY = 32 * 2**30
 CHECKED_TOKENS = 64
 EPS = 1e-6
 
@@ -68,6 +70,10 @@ class NetworkCase:
     @property
     def serving(self) -> bool:
         return self.group == "serving block"
+
+    @property
+    def providers(self) -> Mapping[str, Any]:
+        return SERVING if self.serving else NETWORKS
 
     @property
     def least_bytes(self) -> int:
@@ -296,6 +302,12 @@ def bind(case: NetworkCase, provider: str, made: Made) -> Run:
     return run
 
 
+def first_call(case_name: str, provider_name: str) -> None:
+    case = next(case for case in CASES if case.name == case_name)
+    bind(case, provider_name, make(case, "cuda"))()
+    torch.cuda.synchronize()
+
+
 def check(case: NetworkCase, made: Made, found: dict[str, Tensor]) -> dict[str, float]:
     """Relative error and rounding floor of the output and of d_inputs, for tokens spread over all: layers work token by token."""
     tokens = (
@@ -335,7 +347,7 @@ def peak_gib(run: Run) -> float:
 
 
 def measure(
-    case: NetworkCase, names: Sequence[str], device: torch.device, options: argparse.Namespace
+    case: NetworkCase, names: Sequence[str], stopped: set[warm.Job], device: torch.device, options: argparse.Namespace
 ) -> dict[str, Any]:
     entry: dict[str, Any] = {
         "name": case.name,
@@ -348,8 +360,12 @@ def measure(
     made = make(case, device)
     timed: dict[str, timing.Timed] = {}
     for name in names:
-        if name not in (SERVING if case.serving else NETWORKS):
+        if name not in case.providers:
             continue
+        if (case.name, name) in stopped:
+            entry["results"][name] = {"status": f"failed: no first call in {options.first_call_seconds:.0f} s"}
+            continue
+        begun = time.monotonic()
         try:
             with timing.limit(options.first_call_seconds):
                 run = bind(case, name, made)
@@ -357,6 +373,7 @@ def measure(
                 gc.collect()
                 torch.cuda.empty_cache()
                 found["peak_gib"] = peak_gib(run)
+                found["first_seconds"] = round(time.monotonic() - begun, 1)
                 timed[name] = timing.eager([run], BURST_SECONDS)
             entry["results"][name] = found
         except (Exception, OutOfTime) as error:
@@ -452,12 +469,14 @@ def main(arguments: list[str] | None = None) -> int:
     metadata = results.metadata(device)
     before = results.resumed(path, metadata) if options.resume else None
     data: results.Results = before or {"metadata": metadata, "cases": []}
+    cases = [case for case in left(data) if options.cases in case.name]
+    jobs = [(case.name, name) for case in cases for name in names if name in case.providers]
+    jobs.sort(key=lambda job: job[1].startswith("ours"))  # the others take longer
+    stopped = warm.first_calls(first_call, jobs, options.first_call_seconds, FIRST_CALL_MEMORY, console)
     autotune.speed_up()
     status = 0
-    for case in left(data):
-        if options.cases not in case.name:
-            continue
-        entry = measure(case, names, device, options)
+    for case in cases:
+        entry = measure(case, names, stopped, device, options)
         results.put(data, entry, CASES)
         results.save(data, path)
         console.print(table(entry))

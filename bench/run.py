@@ -11,6 +11,7 @@ import gc
 import logging
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ import torch
 from rich.console import Console
 
 from attnres.backend import BackendError
-from bench import autotune, host, plots, results, timing
+from bench import autotune, host, plots, results, timing, warm
 from bench.ops import CASES, Case, Inputs, Sample, check, make_inputs, sample
 from bench.providers import PROVIDERS, Call, Provider, Unsupported, missing, tell_missing
 from bench.timing import COPY, OutOfTime, Timed
 
-FIRST_CALL_SECONDS = 40.0  # of one provider in one case: imports, compiles, autotunes
+COMPILE_SECONDS = 120.0  # of a first call in another process: imports, compiles, autotunes beside others
+COMPILE_MEMORY = 12 * 2**30
+FIRST_CALL_SECONDS = 40.0  # of a first call in this one
 BURST_SECONDS = 0.01
 ROUNDS = 7
 QUICK_ROUNDS = 3
@@ -56,10 +59,19 @@ class Suite:
         self.providers = [provider for provider in providers if provider.name not in self.data["missing"]]
         self.l2_bytes: int = self.data["metadata"]["l2_bytes"]
         self.copy = timing.copy(self.device)
+        self.stopped: set[Kernels] = set()
         self.begun = time.monotonic()
 
     def jobs(self, case: Case) -> list[Provider]:
         return [provider for provider in self.providers if provider.wants(case)]
+
+    def compile(self, cases: Sequence[Case]) -> None:
+        """First calls in other processes: one for all that need the same kernels, the peers', which take longest, before ours."""
+        jobs = [(case, p) for case in cases for p in self.jobs(case) if p.ours or self.peer_seconds > 0]
+        chosen = [(case, p) for case, p in jobs if p.name != "torch.compile"]  # it has processes of its own
+        names = {kernels(case, p): (case.name, p.name) for case, p in sorted(chosen, key=lambda job: job[1].ours)}
+        stopped = warm.first_calls(first_call, list(names.values()), COMPILE_SECONDS, COMPILE_MEMORY, self.console)
+        self.stopped = {each for each, job in names.items() if job in stopped}
 
     def run(self, case: Case, entry: dict[str, Any]) -> None:
         """Fills the case's entry."""
@@ -90,6 +102,9 @@ class Suite:
         self, case: Case, provider: Provider, sets: list[Inputs], exact: Sample
     ) -> tuple[dict[str, Any], Timed | None]:
         """First call, check and burst size, within a time limit; or what went wrong."""
+        if kernels(case, provider) in self.stopped:
+            return {"status": f"failed: no first call in {COMPILE_SECONDS:.0f} s"}, None
+        begun = time.monotonic()
         try:
             with timing.limit(FIRST_CALL_SECONDS):
                 calls = [provider.bind(case, made) for made in sets]
@@ -108,6 +123,7 @@ class Suite:
             "floor": errors.floor,
             "within_budget": errors.ok,
             "workspace_bytes": workspace,
+            "first_seconds": round(time.monotonic() - begun, 1),
         }
         if provider.ours and not errors.ok:
             self.console.print(
@@ -120,6 +136,27 @@ class Suite:
         this_run = self.data["metadata"].get("resumed", [self.data["metadata"]])[-1]
         this_run["seconds"] = round(time.monotonic() - self.begun)
         results.save(self.data, self.path)
+
+
+Kernels = tuple[Any, ...]
+
+
+def kernels(case: Case, provider: Provider) -> Kernels:
+    """Equal where a provider compiles the same kernels; ours may choose another for each shape."""
+    if provider.ours:
+        return (provider.name, case.name)
+    s = case.shape
+    depth = s.sources if case.op == "phase1" or provider.headline_only else max(8, 1 << (s.sources - 1).bit_length())
+    tokens = s.tokens if case.op == "phase1" else 0
+    return (provider.name, case.backward, s.hidden_size, depth, s.queries, s.output_norm, tokens)
+
+
+def first_call(case_name: str, provider_name: str) -> None:
+    case = next(case for case in CASES if case.name == case_name)
+    provider = PROVIDERS[provider_name]
+    provider.binding(case)  # raises before inputs are made
+    provider.bind(case, make_inputs(case, "cuda"))()
+    torch.cuda.synchronize()
 
 
 def _first_outputs(call: Call, provider: Provider) -> dict[str, Any]:
@@ -183,6 +220,7 @@ def main(arguments: list[str] | None = None) -> int:
     suite = Suite(device, providers, path, rounds, options.peer_seconds, console, options.resume)
     cases = results.left(suite.data, cases)
     tell_missing(suite.data["missing"], options.providers is not None, console)
+    suite.compile(cases)
     autotune.speed_up()
     return _measure(suite, cases, options.quick)
 

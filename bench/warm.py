@@ -1,143 +1,83 @@
-"""Fills the compilers' disk caches for the timed runs, in parallel processes: `python -m bench.warm`. Needs a GPU.
+"""First calls of what is to be timed, side by side, each in a process that can be stopped.
 
-Optional: the timed runs compile what is missing. Autotuning is not shared: each timed run does it again, alone on the device.
+They fill the compilers' disk caches, and they tell which provider must not be called in the process that times: some kernels of the
+peers compile for minutes, and threads that compile cannot be interrupted, so that they would slow everything after them. Autotuning
+is not shared: the timed run does it again, alone on the device.
 """
 
 from __future__ import annotations
 
-import argparse
-import multiprocessing
 import os
-import sys
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, wait
-from pathlib import Path
+from concurrent.futures import TimeoutError
+from multiprocessing import get_context
 from typing import Any
 
 import torch
+from pebble import ProcessExpired, ProcessPool
+from rich.console import Console
 
-from bench import autotune, network, results
-from bench.ops import CASES, Case, make_inputs
-from bench.providers import PROVIDERS, Provider, Unsupported
-from bench.timing import OutOfTime, limit
+from bench import autotune
 
 MOST_PROCESSES = 10
-MEMORY_PER_PROCESS = {"run": 12 * 2**30, "network": 32 * 2**30}
-ONE_CALL_SECONDS = 150.0
 
 Job = tuple[str, str]  # names of a case and a provider
+FirstCall = Callable[[str, str], Any]
 
 
-def suite_jobs(cases: Sequence[Case] = CASES) -> list[Job]:
-    """One of every kind that compiles the same kernels, those that take longest first; torch.compile has processes of its own."""
-    chosen = [(case, p) for case in cases for p in PROVIDERS.values() if p.wants(case) and p.name != "torch.compile"]
-    kinds = {_kind(case, provider): (case.name, provider.name) for case, provider in reversed(chosen)}
-    return sorted(kinds.values(), key=lambda job: PROVIDERS[job[1]].ours)
+def first_calls(call: FirstCall, jobs: Sequence[Job], seconds: float, memory: int, console: Console) -> set[Job]:
+    """Makes the first call of every job, in as many processes as device memory and cores allow.
 
-
-def network_jobs(cases: Sequence[network.NetworkCase] = network.CASES) -> list[Job]:
-    """The backward of a network runs its forward."""
-    chosen = [case for case in cases if case.backward or case.serving]
-    providers = [(case, network.SERVING if case.serving else network.NETWORKS) for case in chosen]
-    jobs = [(case.name, name) for case, table in providers for name in table]
-    return sorted(jobs, key=lambda job: PROVIDERS[job[1].split(",")[0]].ours)
-
-
-def _kind(case: Case, provider: Provider) -> tuple[Any, ...]:
-    """Jobs of one kind compile the same kernels; ours may choose another for each shape."""
-    if provider.ours:
-        return (provider.name, case.name)
-    s = case.shape
-    depth = s.sources if case.op == "phase1" or provider.headline_only else max(8, 1 << (s.sources - 1).bit_length())
-    tokens = s.tokens if case.op == "phase1" else 0
-    return (provider.name, case.backward, s.hidden_size, depth, s.queries, s.output_norm, tokens)
-
-
-def first_suite_call(case_name: str, provider_name: str) -> None:
-    case = next(case for case in CASES if case.name == case_name)
-    provider = PROVIDERS[provider_name]
-    provider.binding(case)  # raises before inputs are made
-    provider.bind(case, make_inputs(case, "cuda"))()
-
-
-def first_network_call(case_name: str, provider_name: str) -> None:
-    case = next(case for case in network.CASES if case.name == case_name)
-    network.bind(case, provider_name, network.make(case, "cuda"))()
-
-
-def _run(call: Callable[[str, str], None], job: Job, threads: int) -> str:
-    """Makes the call; what went wrong is the timed run's to report, here its kind is counted."""
-    autotune.speed_up(threads)
+    call: of this module's importers at top level, since it is sent to other processes.
+    seconds: that one call may take. memory: bytes of the device that it may need.
+    Returns the jobs that were stopped.
+    """
+    if not jobs:
+        return set()
+    cores = os.cpu_count() or 2
+    room = torch.cuda.get_device_properties(0).total_memory // memory
+    processes = max(1, min(MOST_PROCESSES, cores - 2, room, len(jobs)))
+    threads = max(2, cores // processes)
+    pool = ProcessPool(processes, initializer=_prepare, initargs=(threads,), context=get_context("spawn"))
+    ended = Counter[str]()
+    stopped = set()
+    begun = time.monotonic()
     try:
-        with limit(ONE_CALL_SECONDS):
-            call(*job)
-            torch.cuda.synchronize()
-        return ""
-    except (Exception, OutOfTime) as error:
-        return "" if isinstance(error, Unsupported) else type(error).__name__
+        futures = {job: pool.schedule(_make, args=(call, job), timeout=seconds) for job in jobs}
+        with console.status(f"{len(jobs)} first calls in {processes} processes"):
+            for job, future in futures.items():
+                try:
+                    ended[future.result()] += 1
+                except TimeoutError:
+                    ended[f"stopped after {seconds:.0f} s"] += 1
+                    stopped.add(job)
+                except ProcessExpired as error:
+                    ended[f"{type(error).__name__} {error.exitcode}"] += 1
+    finally:
+        pool.stop()
+        pool.join()
+    # of what failed only the count is told here: the timed run makes the call again, and reports it
+    told = ", ".join(f"{count} {how}" for how, count in ended.most_common())
+    console.print(f"{len(jobs)} first calls in {time.monotonic() - begun:.0f} s, {processes} processes: {told}")
+    return stopped
+
+
+def _prepare(threads: int) -> None:
+    """In each process: one that is stopped takes the compilers it has started with it."""
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGTERM, lambda *_: os.killpg(0, signal.SIGKILL))
+    autotune.speed_up(threads)
+
+
+def _make(call: FirstCall, job: Job) -> str:
+    """How it went, in a word."""
+    try:
+        call(*job)
+        return "made"
+    except Exception as error:
+        return type(error).__name__
     finally:
         torch.cuda.empty_cache()
-
-
-CALLS: dict[str, Callable[[str, str], None]] = {"run": first_suite_call, "network": first_network_call}
-
-
-def jobs_left(suite: str, out: Path | None) -> list[Job]:
-    """Those of a run that starts anew, or that goes on with the results in `out`."""
-    data: results.Results = {"cases": []}
-    if out is not None:
-        device = torch.device("cuda", torch.cuda.current_device())
-        path = results.path_in(out, torch.cuda.get_device_name(), "bench" if suite == "run" else "network")
-        data = results.resumed(path, results.metadata(device)) or data
-    if suite == "network":
-        return network_jobs(network.left(data))
-    return suite_jobs(results.left(data, CASES))
-
-
-def warm(suite: str, seconds: float, out: Path | None = None) -> str:
-    """Runs the first call of every kind of job in other processes; returns one line on what was done."""
-    jobs, call = jobs_left(suite, out), CALLS[suite]
-    cores = os.cpu_count() or 2
-    memory = torch.cuda.get_device_properties(0).total_memory
-    processes = max(1, min(MOST_PROCESSES, cores - 2, memory // MEMORY_PER_PROCESS[suite]))
-    begun = time.monotonic()
-    executor = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
-    threads = max(2, cores // processes)
-    futures: list[Future[Any]] = [executor.submit(_run, call, job, threads) for job in jobs]
-    done, late = wait(futures, timeout=seconds)
-    workers = list((executor._processes or {}).values())
-    executor.shutdown(wait=False, cancel_futures=True)
-    for worker in workers:  # those still compiling: their time is up
-        worker.terminate()
-    for worker in workers:
-        worker.join(5)
-    took = time.monotonic() - begun
-    failed = Counter(reason for reason in (future.result() for future in done) if reason)
-    told = "".join(f", {count} {reason}" for reason, count in failed.items())
-    made = len(done) - failed.total()
-    return f"bench.{suite}: made {made} of {len(jobs)} first calls in {took:.0f} s, {processes} processes; {len(late)} late{told}"
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.warm", description=__doc__)
-    parser.add_argument("suites", nargs="*", default=list(CALLS), help=f"for which: {', '.join(CALLS)} (default: all)")
-    parser.add_argument("--seconds", type=float, default=200.0, help="limit for each (default: 200)")
-    parser.add_argument(
-        "--resume", type=Path, metavar="OUT", help="only for cases that the results in this folder lack"
-    )
-    options = parser.parse_args(arguments)
-    unknown = [name for name in options.suites if name not in CALLS]
-    if unknown:
-        raise SystemExit(f"unknown suite {', '.join(unknown)}; known are {', '.join(CALLS)}")
-    if not torch.cuda.is_available():
-        print("the benchmarks need a CUDA device, and torch finds none", file=sys.stderr)
-        return 2
-    for name in options.suites:
-        print(warm(name, options.seconds, options.resume), flush=True)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

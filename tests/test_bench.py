@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import os
+import subprocess
 import sys
 import threading
 import types
@@ -19,7 +20,7 @@ import attnres
 from attnres import report
 from bench import autotune, host, network, ops, plots, providers, readme, results, run, timing, warm
 from bench.ops import CASES, Case
-from bench.providers import PROVIDERS, Provider
+from bench.providers import PROVIDERS, Provider, Unsupported
 
 
 def named(name: str) -> Case:
@@ -489,40 +490,68 @@ def test_configurations_are_compiled_side_by_side_before_they_are_timed(monkeypa
     assert testing.do_bench.keywords == {"warmup": 5, "rep": 20}
 
 
-def test_first_calls_to_compile_ahead_are_of_the_suites() -> None:
-    jobs = warm.suite_jobs()
-    assert all(PROVIDERS[provider].wants(named(case)) for case, provider in jobs)
+def first_call(case: str, provider: str) -> None:
+    """Of a peer that compiles for minutes, in a process of its own; of one that fails; of one that takes the process with it."""
+    if provider == "slow":
+        compiler = subprocess.Popen(["sleep", "300"])
+        Path(case).write_text(str(compiler.pid))
+        compiler.wait()
+    if provider == "wrong":
+        raise Unsupported("no such operation")
+    if provider == "broken":
+        os._exit(7)
+
+
+def alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_first_calls_that_take_too_long_are_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace(total_memory=20))
+    console = Console(record=True, width=120)
+    pid = tmp_path / "pid"
+    others = [(str(case), provider) for case, provider in enumerate(["good", "wrong", "broken", "good", "good"])]
+    stopped = warm.first_calls(first_call, [(str(pid), "slow"), *others], 10, 9, console)
+    assert stopped == {(str(pid), "slow")}
+    assert not alive(int(pid.read_text()))
+    told = console.export_text()
+    assert "2 processes: 3 made" in told
+    assert "1 stopped after 10 s" in told
+    assert "1 Unsupported" in told
+    assert "1 ProcessExpired 7" in told
+
+
+def test_first_calls_are_made_once_for_all_that_need_the_same_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def first_calls(call: Any, jobs: list[warm.Job], *_: Any) -> set[warm.Job]:
+        assert call is run.first_call
+        asked[:] = jobs
+        return {job for job in jobs if job[1] == "fla-triton" and job[0].startswith("direct forward T8192 D2048")}
+
+    monkeypatch.setattr(warm, "first_calls", first_calls)
+    suite = object.__new__(run.Suite)
+    suite.providers, suite.peer_seconds, suite.console = list(PROVIDERS.values()), 1.0, Console()
+    suite.compile(CASES)
+    assert all(PROVIDERS[provider].wants(named(case)) for case, provider in asked)
+    ours = [provider.startswith("ours") for _, provider in asked]
+    assert ours == sorted(ours)  # the others come first
     # L 2, 5 and 9 of FLA's forward at one size are two kernels: it rounds the depth up
     fla = [
-        case for case, provider in jobs if provider == "fla-triton" and case.startswith("direct forward T8192 D2048")
+        case for case, provider in asked if provider == "fla-triton" and case.startswith("direct forward T8192 D2048")
     ]
     assert 1 <= len(fla) < 4
-    networks = {case.name: case for case in network.CASES}
-    for case, provider in warm.network_jobs():
-        assert provider in (network.SERVING if networks[case].serving else network.NETWORKS)
-
-
-def test_first_calls_of_a_resumed_run_are_of_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    metadata = {**fake()["metadata"], "l2_bytes": 1000}
-    monkeypatch.setattr(results, "metadata", lambda device: metadata)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
-    assert warm.jobs_left("run", tmp_path) == warm.suite_jobs()
-    done = [{"name": case.name, "copy": {}, "results": {}} for case in ops.CASES[:-2]]
-    results.save({"metadata": metadata, "cases": done}, results.path_in(tmp_path, "NVIDIA H200"))
-    assert {case for case, _ in warm.jobs_left("run", tmp_path)} == {case.name for case in ops.CASES[-2:]}
-    timed = [{"name": case.name, "results": {"ours-cute": {"us": 1.0}}} for case in network.CASES[1:]]
-    results.save({"metadata": metadata, "cases": timed}, results.path_in(tmp_path, "NVIDIA H200", "network"))
-    assert warm.jobs_left("network", tmp_path) == []  # a forward alone: its backward's kernels are there
-
-
-def test_failed_first_calls_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(autotune, "speed_up", lambda threads: None)
-
-    def call(case: str, provider: str) -> None:
-        raise {"a": providers.Unsupported("no such operation"), "b": torch.OutOfMemoryError("full")}[case]
-
-    assert [warm._run(call, (case, "p"), 2) for case in "ab"] == ["", "OutOfMemoryError"]
+    for depth in (2, 5, 9, 17):
+        found, timed = suite._prepare(named(f"direct forward T8192 D2048 L{depth}"), PROVIDERS["fla-triton"], [], None)
+        assert found == {"status": "failed: no first call in 120 s"}
+        assert timed is None
+    suite.peer_seconds = 0.0
+    suite.compile(CASES)
+    assert all(provider.startswith("ours") for _, provider in asked)
 
 
 def test_host_cases_are_forward() -> None:
@@ -583,6 +612,16 @@ def test_serving_blocks_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
         assert 0 < found["out error"] < 0.006
     made.deltas[2].add_(1)
     assert network.check(case, made, {"out": torch.zeros(70, 24, dtype=torch.bfloat16)})["out error"] > 0.5
+
+
+def test_a_network_whose_first_call_was_stopped_is_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = network.NetworkCase("forward", 100, 24, 5, 2)
+    monkeypatch.setattr(timing, "copy", lambda device: None)
+    monkeypatch.setattr(timing, "measure", lambda timed, rounds: ({name: [1.0] for name in timed}, {}))
+    options = types.SimpleNamespace(first_call_seconds=9.0, rounds=1)
+    entry = network.measure(case, ["flash-attn-res", "fla-triton"], {(case.name, "flash-attn-res")}, "cpu", options)
+    assert entry["results"] == {"flash-attn-res": {"status": "failed: no first call in 9 s"}}
+    assert entry["copy"]["us"] == 1.0
 
 
 def test_network_table_has_what_failed_and_what_was_timed() -> None:
