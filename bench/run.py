@@ -51,7 +51,8 @@ class Suite:
         before = results.resumed(path, metadata) if resume else None
         self.data: results.Results = before or {"metadata": metadata, "cases": []}
         if before is not None:
-            self.data["cases"] = [case for case in before["cases"] if results.finished(case)]
+            # of those whose peers were skipped too: they are replaced when they have been measured again
+            self.data["cases"] = [case for case in before["cases"] if "copy" in case]
             self.data["metadata"].setdefault("resumed", []).append(
                 {"date": metadata["date"], "clocks": results.clocks()}
             )
@@ -61,6 +62,10 @@ class Suite:
         self.copy = timing.copy(self.device)
         self.stopped: set[Kernels] = set()
         self.begun = time.monotonic()
+
+    def out_of_time(self) -> bool:
+        """Whether peers are skipped from now on."""
+        return time.monotonic() - self.begun > self.peer_seconds
 
     def jobs(self, case: Case) -> list[Provider]:
         return [provider for provider in self.providers if provider.wants(case)]
@@ -75,12 +80,11 @@ class Suite:
 
     def run(self, case: Case, entry: dict[str, Any]) -> None:
         """Fills the case's entry."""
-        out_of_time = time.monotonic() - self.begun > self.peer_seconds
         sets = [make_inputs(case, self.device, seed) for seed in range(case.sets(self.l2_bytes))]
         exact = sample(case, sets[0])
         timed: dict[str, Timed] = {COPY: self.copy}
         for provider in self.jobs(case):
-            if out_of_time and not provider.ours:
+            if not provider.ours and self.out_of_time():
                 entry["results"][provider.name] = {"status": "skipped: time budget spent"}
                 continue
             found = self._prepare(case, provider, sets, exact)
@@ -258,7 +262,7 @@ def _measure(suite: Suite, cases: list[Case], quick: bool) -> int:
             torch.cuda.empty_cache()
             torch.cuda.synchronize()  # raises if a kernel has left the device unusable
         data["metadata"]["clocks at end"] = results.clocks()
-        if not quick:
+        if not quick and not suite.out_of_time():
             _overheads(suite, ours=False)
     except (RuntimeError, KeyboardInterrupt) as error:
         status = 1

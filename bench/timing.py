@@ -29,7 +29,7 @@ class OutOfTime(BaseException):
 
 @contextlib.contextmanager
 def limit(seconds: float) -> Iterator[None]:
-    """Raises OutOfTime in the main thread after that many seconds of wall-clock time."""
+    """Raises OutOfTime in the main thread after that many seconds of wall-clock time, or when a backward that runs then ends."""
 
     def expired(*_: object) -> None:
         raise OutOfTime(f"stopped after {seconds:.0f} s")

@@ -1,14 +1,16 @@
 """First calls of what is to be timed, side by side, each in a process that can be stopped.
 
 They fill the compilers' disk caches, and they tell which provider must not be called in the process that times: some kernels of the
-peers compile for minutes, and threads that compile cannot be interrupted, so that they would slow everything after them. Autotuning
-is not shared: the timed run does it again, alone on the device.
+peers compile for many minutes, and neither a compiler nor a backward (autograd runs it in a thread of its own, for which the main
+thread waits without looking at signals) can be interrupted there. Autotuning is not shared: the timed run does it again, alone on
+the device.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -68,8 +70,17 @@ def first_calls(call: FirstCall, jobs: Sequence[Job], seconds: float, memory: in
 def _prepare(threads: int) -> None:
     """In each process: one that is stopped takes the compilers it has started with it."""
     os.setpgid(0, 0)
-    signal.signal(signal.SIGTERM, lambda *_: os.killpg(0, signal.SIGKILL))
+    received, wakeup = os.pipe()
+    os.set_blocking(wakeup, False)
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.set_wakeup_fd(wakeup)  # the handler waits for the main thread to come back to Python, this does not
+    threading.Thread(target=_end, args=(received,), daemon=True).start()
     autotune.speed_up(threads)
+
+
+def _end(received: int) -> None:
+    os.read(received, 1)
+    os.killpg(0, signal.SIGKILL)
 
 
 def _make(call: FirstCall, job: Job) -> str:
