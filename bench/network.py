@@ -73,7 +73,9 @@ class NetworkCase:
 
     @property
     def providers(self) -> Mapping[str, Any]:
-        return SERVING if self.serving else NETWORKS
+        if self.serving:
+            return SERVING
+        return NETWORKS | KEEPING if self.backward else NETWORKS
 
     @property
     def least_bytes(self) -> int:
@@ -155,9 +157,9 @@ Run = Callable[[], dict[str, Tensor]]
 Network = Callable[[Tensor, Tensor, Sequence[nn.Module]], Tensor]  # inputs, queries, layers -> out
 
 
-def ours(backend: str, case: NetworkCase) -> Network:
+def ours(backend: str, case: NetworkCase, memory_saving: bool = True) -> Network:
     return lambda inputs, queries, layers: attnres.block_attn_res(
-        inputs, queries, layers, case.block_size, EPS, backend=backend
+        inputs, queries, layers, case.block_size, EPS, memory_saving=memory_saving, backend=backend
     )
 
 
@@ -272,6 +274,10 @@ NETWORKS: dict[str, Callable[[NetworkCase], Network]] = {
     "liger": liger,
     "torch.compile": compiled,
 }
+# With gradient; autograd keeps all activations, as it does of the peers that mix site by site.
+KEEPING: dict[str, Callable[[NetworkCase], Network]] = {
+    "ours-cute, memory_saving=False": functools.partial(ours, "cute", memory_saving=False),
+}
 SERVING: dict[str, Callable[[NetworkCase, Made], Run]] = {
     "ours-cute": functools.partial(two_phases, "cute"),
     "ours-triton": functools.partial(two_phases, "triton"),
@@ -280,15 +286,15 @@ SERVING: dict[str, Callable[[NetworkCase, Made], Run]] = {
     "ours-triton, direct": functools.partial(direct_sites, "triton"),
     "fla-triton": fla_sites,
 }
-PROVIDERS = tuple(dict.fromkeys([*NETWORKS, *SERVING]))
+PROVIDERS = tuple(dict.fromkeys([*NETWORKS, *KEEPING, *SERVING]))
 
 
 def bind(case: NetworkCase, provider: str, made: Made) -> Run:
     """The call to be timed; gradients are made anew by each call."""
     if case.serving:
-        run = SERVING[provider](case, made)
+        run = case.providers[provider](case, made)
         return torch.no_grad()(run)
-    network = NETWORKS[provider](case)
+    network: Network = case.providers[provider](case)
     if not case.backward:
         return torch.no_grad()(lambda: {"out": network(made.inputs, made.queries, made.layers)})
     inputs, queries = (tensor.detach().requires_grad_() for tensor in (made.inputs, made.queries))

@@ -610,6 +610,9 @@ def test_network_schedule_bytes() -> None:
 @pytest.mark.parametrize("kind", ["identity", "swiglu"])
 def test_networks_are_checked(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(network.NETWORKS, "ours-torch", lambda case: network.ours("torch", case))
+    keeping = network.KEEPING["ours-cute, memory_saving=False"]
+    kept = functools.partial(keeping.func, "torch", **keeping.keywords)
+    monkeypatch.setitem(network.KEEPING, "ours-torch, memory_saving=False", kept)
     monkeypatch.setitem(
         network.NETWORKS,
         "plain",
@@ -617,7 +620,8 @@ def test_networks_are_checked(kind: str, monkeypatch: pytest.MonkeyPatch) -> Non
     )
     for case in network._networks(100, 24, 5, 2, kind=kind):
         made = network.make(case, "cpu")
-        for provider in ("ours-torch", "plain"):
+        assert (kept in case.providers.values()) == case.backward
+        for provider in ("ours-torch", "plain", "ours-torch, memory_saving=False")[: 2 + case.backward]:
             found = network.check(case, made, network.bind(case, provider, made)())
             assert 0 < found["out error"] < 0.02
             assert not case.backward or 0 < found["d_inputs error"] < 0.03
