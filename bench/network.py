@@ -353,7 +353,11 @@ def peak_gib(run: Run) -> float:
 
 
 def measure(
-    case: NetworkCase, names: Sequence[str], stopped: set[warm.Job], device: torch.device, options: argparse.Namespace
+    case: NetworkCase,
+    names: Sequence[str],
+    stopped: dict[warm.Job, str],
+    device: torch.device,
+    options: argparse.Namespace,
 ) -> dict[str, Any]:
     entry: dict[str, Any] = {
         "name": case.name,
@@ -369,7 +373,7 @@ def measure(
         if name not in case.providers:
             continue
         if (case.name, name) in stopped:
-            entry["results"][name] = {"status": f"failed: no first call in {options.first_call_seconds:.0f} s"}
+            entry["results"][name] = {"status": stopped[case.name, name]}
             continue
         begun = time.monotonic()
         try:

@@ -60,7 +60,7 @@ class Suite:
         self.providers = [provider for provider in providers if provider.name not in self.data["missing"]]
         self.l2_bytes: int = self.data["metadata"]["l2_bytes"]
         self.copy = timing.copy(self.device)
-        self.stopped: set[Kernels] = set()
+        self.stopped: dict[Kernels, str] = {}
         self.begun = time.monotonic()
 
     def out_of_time(self) -> bool:
@@ -76,7 +76,7 @@ class Suite:
         chosen = [(case, p) for case, p in jobs if p.name != "torch.compile"]  # it has processes of its own
         names = {kernels(case, p): (case.name, p.name) for case, p in sorted(chosen, key=lambda job: job[1].ours)}
         stopped = warm.first_calls(first_call, list(names.values()), COMPILE_SECONDS, COMPILE_MEMORY, self.console)
-        self.stopped = {each for each, job in names.items() if job in stopped}
+        self.stopped = {each: stopped[job] for each, job in names.items() if job in stopped}
 
     def run(self, case: Case, entry: dict[str, Any]) -> None:
         """Fills the case's entry."""
@@ -106,8 +106,8 @@ class Suite:
         self, case: Case, provider: Provider, sets: list[Inputs], exact: Sample
     ) -> tuple[dict[str, Any], Timed | None]:
         """First call, check and burst size, within a time limit; or what went wrong."""
-        if kernels(case, provider) in self.stopped:
-            return {"status": f"failed: no first call in {COMPILE_SECONDS:.0f} s"}, None
+        if (needed := kernels(case, provider)) in self.stopped:
+            return {"status": self.stopped[needed]}, None
         begun = time.monotonic()
         try:
             with timing.limit(FIRST_CALL_SECONDS):

@@ -30,22 +30,22 @@ Job = tuple[str, str]  # names of a case and a provider
 FirstCall = Callable[[str, str], Any]
 
 
-def first_calls(call: FirstCall, jobs: Sequence[Job], seconds: float, memory: int, console: Console) -> set[Job]:
+def first_calls(call: FirstCall, jobs: Sequence[Job], seconds: float, memory: int, console: Console) -> dict[Job, str]:
     """Makes the first call of every job, in as many processes as device memory and cores allow.
 
     call: of this module's importers at top level, since it is sent to other processes.
     seconds: that one call may take. memory: bytes of the device that it may need.
-    Returns the jobs that were stopped.
+    Returns the jobs that were stopped, with what the timed run is to report of them.
     """
     if not jobs:
-        return set()
+        return {}
     cores = os.cpu_count() or 2
     room = torch.cuda.get_device_properties(0).total_memory // memory
     processes = max(1, min(MOST_PROCESSES, cores - 2, room, len(jobs)))
     threads = max(2, cores // processes)
     pool = ProcessPool(processes, initializer=_prepare, initargs=(threads,), context=get_context("spawn"))
     ended = Counter[str]()
-    stopped = set()
+    stopped = {}
     begun = time.monotonic()
     try:
         futures = {job: pool.schedule(_make, args=(call, job), timeout=seconds) for job in jobs}
@@ -55,7 +55,7 @@ def first_calls(call: FirstCall, jobs: Sequence[Job], seconds: float, memory: in
                     ended[future.result()] += 1
                 except TimeoutError:
                     ended[f"stopped after {seconds:.0f} s"] += 1
-                    stopped.add(job)
+                    stopped[job] = f"failed: no first call in {seconds:.0f} s"
                 except ProcessExpired as error:
                     ended[f"{type(error).__name__} {error.exitcode}"] += 1
     finally:

@@ -519,7 +519,7 @@ def test_first_calls_that_take_too_long_are_stopped(tmp_path: Path, monkeypatch:
     pid = tmp_path / "pid"
     others = [(str(case), provider) for case, provider in enumerate(["good", "wrong", "broken", "good", "good"])]
     stopped = warm.first_calls(first_call, [(str(pid), "slow"), *others], 15, 9, console)
-    assert stopped == {(str(pid), "slow")}
+    assert stopped == {(str(pid), "slow"): "failed: no first call in 15 s"}
     assert not alive(int(pid.read_text()))
     told = console.export_text()
     assert "2 processes: 3 made" in told
@@ -531,10 +531,11 @@ def test_first_calls_that_take_too_long_are_stopped(tmp_path: Path, monkeypatch:
 def test_first_calls_are_made_once_for_all_that_need_the_same_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
-    def first_calls(call: Any, jobs: list[warm.Job], *_: Any) -> set[warm.Job]:
+    def first_calls(call: Any, jobs: list[warm.Job], seconds: float, *_: Any) -> dict[warm.Job, str]:
         assert call is run.first_call
         asked[:] = jobs
-        return {job for job in jobs if job[1] == "fla-triton" and job[0].startswith("direct forward T8192 D2048")}
+        stopped = [job for job in jobs if job[1] == "fla-triton" and job[0].startswith("direct forward T8192 D2048")]
+        return dict.fromkeys(stopped, f"failed: no first call in {seconds:.0f} s")
 
     monkeypatch.setattr(warm, "first_calls", first_calls)
     suite = object.__new__(run.Suite)
@@ -645,8 +646,9 @@ def test_a_network_whose_first_call_was_stopped_is_not_called(monkeypatch: pytes
     case = network.NetworkCase("forward", 100, 24, 5, 2)
     monkeypatch.setattr(timing, "copy", lambda device: None)
     monkeypatch.setattr(timing, "measure", lambda timed, rounds: ({name: [1.0] for name in timed}, {}))
-    options = types.SimpleNamespace(first_call_seconds=9.0, rounds=1)
-    entry = network.measure(case, ["flash-attn-res", "fla-triton"], {(case.name, "flash-attn-res")}, "cpu", options)
+    options = types.SimpleNamespace(rounds=1)
+    stopped = {(case.name, "flash-attn-res"): "failed: no first call in 9 s"}
+    entry = network.measure(case, ["flash-attn-res", "fla-triton"], stopped, "cpu", options)
     assert entry["results"] == {"flash-attn-res": {"status": "failed: no first call in 9 s"}}
     assert entry["copy"]["us"] == 1.0
 
