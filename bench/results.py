@@ -75,7 +75,10 @@ CONDITIONS = ("device", "driver", "kernel sources", "torch", "triton", "nvidia-c
 
 
 def resumed(path: Path, now: dict[str, Any]) -> Results | None:
-    """The results at `path` to go on with, None where there are none. Ends the program where their conditions were others."""
+    """The results at `path` to go on with, with this run in their metadata; None where there are none.
+
+    Ends the program where their conditions were others.
+    """
     if not path.exists():
         return None
     data: Results = json.loads(path.read_text())
@@ -83,6 +86,7 @@ def resumed(path: Path, now: dict[str, Any]) -> Results | None:
     if other:
         raise SystemExit(f"{path} was measured with another {', '.join(other)}: start anew, without --resume")
     data.pop("stopped", None)
+    data["metadata"].setdefault("resumed", []).append({"date": now["date"], "clocks": clocks()})
     return data
 
 

@@ -31,6 +31,8 @@ BURST_SECONDS = 0.01
 ROUNDS = 7
 QUICK_ROUNDS = 3
 
+Kernels = tuple[Any, ...]  # what `kernels` tells apart
+
 
 class Suite:
     """One run: the results so far, and who is measured."""
@@ -50,12 +52,8 @@ class Suite:
         metadata = results.metadata(self.device)
         before = results.resumed(path, metadata) if resume else None
         self.data: results.Results = before or {"metadata": metadata, "cases": []}
-        if before is not None:
-            # of those whose peers were skipped too: they are replaced when they have been measured again
-            self.data["cases"] = [case for case in before["cases"] if "copy" in case]
-            self.data["metadata"].setdefault("resumed", []).append(
-                {"date": metadata["date"], "clocks": results.clocks()}
-            )
+        # of those whose peers were skipped too: they are replaced when they have been measured again
+        self.data["cases"] = [case for case in self.data["cases"] if "copy" in case]
         self.data["missing"] = missing(provider.name for provider in providers)
         self.providers = [provider for provider in providers if provider.name not in self.data["missing"]]
         self.l2_bytes: int = self.data["metadata"]["l2_bytes"]
@@ -140,9 +138,6 @@ class Suite:
         this_run = self.data["metadata"].get("resumed", [self.data["metadata"]])[-1]
         this_run["seconds"] = round(time.monotonic() - self.begun)
         results.save(self.data, self.path)
-
-
-Kernels = tuple[Any, ...]
 
 
 def kernels(case: Case, provider: Provider) -> Kernels:

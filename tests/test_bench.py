@@ -575,6 +575,7 @@ def test_a_resumed_run_keeps_what_was_timed_until_it_is_complete(
     suite = run.Suite(torch.device("cpu"), [], path, 1, 1.0, Console(), resume=True)
     assert [case["name"] for case in suite.data["cases"]] == [CASES[0].name, CASES[1].name]
     assert "stopped" not in suite.data
+    assert [each["date"] for each in suite.data["metadata"]["resumed"]] == [metadata["date"]]
     assert results.left(suite.data, CASES[:4]) == list(CASES[1:4])
 
 
