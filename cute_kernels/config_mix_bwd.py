@@ -16,6 +16,7 @@ from cute_kernels.config_rows import (
     MAX_SLOTS,
     RingTile,
     exchange_bytes,
+    exchange_words,
     slot_bytes,
     table_bytes,
 )
@@ -116,7 +117,7 @@ def other_bytes(columns: int, num_sources: int, tile: RingTile, cluster: int, ou
     """Shared memory besides the rings."""
     return (
         table_bytes(num_sources + 1, tile.producer_warps)
-        + exchange_bytes(num_sources, tile.warps * cluster, tile.groups)
+        + exchange_bytes(exchange_words(num_sources), tile.warps * cluster, tile.groups)
         + 16 * (1 + tile.groups * (cluster > 1))  # mbarriers
         + tile.pitch(columns) * 4 * output_norm
     )

@@ -86,7 +86,7 @@ class Phase2BwdConfig:
     @property
     def shared_bytes(self) -> int:
         rows = self.groups * self.stages * self.rows * self.pitch * ITEM_BYTES
-        return rows + exchange_bytes(1, self.warps, self.groups)
+        return rows + exchange_bytes(LANES, self.warps, self.groups)
 
 
 def phase2_bwd_tile(hidden_size: int, rows: int) -> tuple[int, int, int]:

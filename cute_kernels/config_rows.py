@@ -4,7 +4,7 @@ ring sizes, the bytes they need."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -53,6 +53,11 @@ MAX_STREAM_WARPS = 10
 MIN_LOADS = 4  # of 16 bytes a thread. On an H200, D 2048, L 1: .82 with 4, .78 with 1.
 # Of a CTA with few tokens. On an H200, step at D 7168, L 9, T 64: 5.1 us with 7 warps, two vectors a thread, 5.5 us with 14.
 MAX_DECODE_WARPS = 8
+# CTAs an SM that the compiler leaves registers for, where a sum is scaled: as many as fit, up to this. On an H200, shares of copy
+# bandwidth with one and with those: phase 2 with delta and norm at D 2048 .970, .986; 4096 .964, .991; 7168 .846, 1.003; step at
+# D 4096, L 5 .721, 1.012. In bf16 more than come of themselves were slower: mix at D 2048, L 5, 1.004 with four, .942 with five.
+MAX_RESIDENT = 16
+SPARE_SCALED_REGISTERS = 10  # besides rows and parameters as loaded, and four numbers for each source
 SPARE_REGISTERS = 14  # besides rows, query and two sums for each row; tests compile the tightest configurations
 
 
@@ -115,14 +120,14 @@ def table_bytes(rows: int, producers: int) -> int:
     return rows * 16 * producers
 
 
-def exchange_words(rows: int) -> int:
-    """Partial sums a warp has to tell of up to that many rows: one per lane and 16 rows (rows.RowSums)."""
-    return LANES * -(-rows // 16)
+def exchange_words(rows: int, unit: bool = False) -> int:
+    """What a warp has to tell of up to that many rows: partial sums, one per lane and 16 rows (rows.RowSums), and their unit."""
+    return LANES * (-(-rows // 16) + unit)
 
 
-def exchange_bytes(rows: int, warps: int, groups: int) -> int:
-    """Two buffers of every warp's partial sums (rows.GroupExchange)."""
-    return 0 if warps == 1 else exchange_words(rows) * warps * 2 * groups * 4
+def exchange_bytes(words: int, warps: int, groups: int) -> int:
+    """Two buffers of every warp's words (rows.GroupExchange)."""
+    return 0 if warps == 1 else words * warps * 2 * groups * 4
 
 
 @dataclass(frozen=True)
@@ -131,6 +136,7 @@ class RegisterTile:
 
     warps: int
     cluster: int = 1
+    resident: int = 1  # CTAs an SM that the compiler leaves registers for
 
     @property
     def threads(self) -> int:
@@ -139,7 +145,7 @@ class RegisterTile:
     @property
     def registers(self) -> int:
         """The most a thread can have."""
-        return min(REGISTER_FILE // (-(-self.warps // 4) * 4 * LANES) // 8 * 8, MAX_REGISTERS)
+        return min(REGISTER_FILE // (-(-self.warps * self.resident // 4) * 4 * LANES) // 8 * 8, MAX_REGISTERS)
 
     def vectors(self, hidden_size: int) -> int:
         """16-byte vectors of a row per thread."""
@@ -210,6 +216,18 @@ class RowConfig:
         return self.sum == SCALED_FP16
 
     @property
+    def carveout(self) -> int | None:
+        """Percent of shared memory that an SM's CTAs need: untold, the DSL asks the driver, and needs a GPU to compile."""
+        if self.tile.resident == 1:
+            return None
+        return -(-100 * self.tile.resident * (self.shared_bytes + 1024) // (SHARED_BYTES + 1024))
+
+    @property
+    def exchange_words(self) -> int:
+        unit = self.scaled_sum and isinstance(self.tile, RegisterTile)
+        return exchange_words(max(map(len, self.tile.chunks(self.num_sources))), unit)
+
+    @property
     def rows_per_token(self) -> int:
         return self.merge + self.num_sources + self.delta
 
@@ -233,15 +251,12 @@ class RowConfig:
     def shared_bytes(self) -> int:
         tile = self.tile
         if isinstance(tile, RegisterTile):
-            buffers = exchange_bytes(self.num_sources, tile.warps * tile.cluster, 1)
-            if tile.cluster == 1:
-                return buffers
-            exchanges = 2 + self.scaled_sum  # each with a buffer and a barrier
-            return buffers // 2 * exchanges + 8 * exchanges
+            buffers = exchange_bytes(self.exchange_words, tile.warps * tile.cluster, 1)
+            return buffers + (2 * 8 if tile.cluster > 1 else 0)  # of a cluster: one for each exchange, with a barrier
         return (
             tile.groups * tile.slots * (slot_bytes(tile.rows, self.pitch) + (tile.rows * 4 if self.num_scales else 0))
             + table_bytes(self.table_entries, tile.producer_warps)
-            + exchange_bytes(tile.chunk, tile.warps, tile.groups)
+            + exchange_bytes(self.exchange_words, tile.warps, tile.groups)
             + (self.pitch * 4 if self.output_weight else 0)
         )
 
@@ -262,21 +277,29 @@ def row_tile(
     scales: int = 0,
     scaled_sum: bool = False,
     stochastic: bool = False,
+    parameter_bytes: int = ITEM_BYTES,
 ) -> RingTile | RegisterTile:
     """Registers for few tokens and for small ones, where they can take all rows at once; else the ring.
 
+    parameter_bytes: an element of query and key weight together.
+
     A scaled sum makes a token wait for its largest magnitude. On an H200, us at T 16384 in registers / by the ring: step at D 4096,
-    L 5, in bf16 244 / 257, scaled 278 / 260; phase 2 at D 7168 277 / 298, scaled 285 / 304, and with stochastic rounding 527 / 322.
+    L 5, in bf16 243 / 257, scaled 250 / 258; phase 2 at D 7168 273 / 298, scaled 276 / 304, and with stochastic rounding 362 / 322.
     """
     rows = num_sources + merge + delta
     few = tokens <= max(CLUSTERS)
     small = MIN_REGISTER_SIZE <= hidden_size <= MAX_REGISTER_ELEMENTS // rows and rows <= MAX_REGISTER_ROWS
-    small = small and not (scaled_sum and (stochastic or num_sources > 1))
+    small = small and not (scaled_sum and stochastic)
     tile = decode_tile(hidden_size, CLUSTERS[token_class(tokens)]) if few else stream_tile(hidden_size, rows)
-    needed = tile.vectors(hidden_size) * (4 * rows + VECTOR) + 2 * num_sources + scales + SPARE_REGISTERS
-    if (few or small) and needed <= tile.registers:
-        return tile
-    return ring_tile(hidden_size, num_sources, merge=merge, delta=delta, output_norm=output_norm)
+    vectors = tile.vectors(hidden_size)
+    needed = vectors * (4 * rows + VECTOR) + 2 * num_sources + scales + SPARE_REGISTERS
+    if not (few or small) or needed > tile.registers:
+        return ring_tile(hidden_size, num_sources, merge=merge, delta=delta, output_norm=output_norm)
+    if scaled_sum and not few and rows > 2:
+        needed = vectors * (4 * rows + 2 * parameter_bytes) + 4 * num_sources + scales + SPARE_SCALED_REGISTERS
+        fitting = [replace(tile, resident=count) for count in range(2, MAX_RESIDENT + 1)]
+        return max((each for each in fitting if needed <= each.registers), key=lambda each: each.resident, default=tile)
+    return tile
 
 
 def decode_tile(hidden_size: int, most: int) -> RegisterTile:
@@ -316,7 +339,8 @@ def ring_tile(
     def tile(warps: int, groups: int, chunk: int) -> RingTile:
         producers = 4 if warps * groups in (8, 12) else 1
         pitch = vectors(warps) * warps * LANES * VECTOR
-        other = table_bytes(num_sources + extra, producers) + exchange_bytes(chunk, warps, groups)
+        words = exchange_words(chunk)
+        other = table_bytes(num_sources + extra, producers) + exchange_bytes(words, warps, groups)
         fits = (SHARED_BYTES - other - pitch * 4 * output_norm) // groups
         rows = max(1, min(min(SLOT_BYTES, fits // MIN_SLOTS) // (pitch * ITEM_BYTES), num_sources + extra))
         wanted = max(RING_BYTES // groups // slot_bytes(rows, pitch), MIN_SLOTS)
@@ -392,6 +416,7 @@ def row_config(
             scales=formats.count(SCALED_FP16),
             scaled_sum=sum == SCALED_FP16,
             stochastic=stochastic,
+            parameter_bytes=query.itemsize + (0 if key_weight is None else key_weight.itemsize),
         ),
         formats=formats,
         sum=sum,
@@ -449,12 +474,22 @@ def row_configs() -> Iterator[tuple[str, Callable[[Any], Any], Any]]:
     # Scaled rows and stochastic rounding
     normed = ("phase2_fwd", bf16, 7168, 1, fp32, bf16, bf16)
     yield "phase2_fwd", build, row_config(*normed, **logit, delta=True, formats=("fp16_scaled", "bf16", "bf16"))
+    for hidden_size in (2048, 4096, 7168):
+        rows = ("phase2_fwd", bf16, hidden_size, 1, bf16, None, bf16)
+        yield "phase2_fwd", build, row_config(*rows, merge=True, **both, delta=True)
     yield "phase2_fwd", build, row_config(*normed, **logit, **both, delta=True, stochastic=True)
     yield "phase2_fwd", build, row_config(*normed, **plain, delta=True, stochastic=True)
     yield "phase2_fwd", build, row_config("phase2_fwd", bf16, 384, 1, bf16, **plain, formats=("fp16_scaled", "bf16"))
     yield "serve_step", build, row_config("serve_step", bf16, 7168, 9, bf16, bf16, bf16, delta=True, stochastic=True)
     yield "serve_step", build, row_config("serve_step", fp16, 2048, 17, bf16, fp16, fp16, delta=True, stochastic=True)
     yield "mix_fwd", build, row_config("mix_fwd", fp16, 4096, 17, fp32, tokens=1, **saved, mixed=True, weights=True)
+    for hidden_size, sources in ((7168, 2), (4096, 3), (2048, 5)):
+        rows = {"formats": ("fp16_scaled", "bf16", *["fp16_scaled"] * (sources - 1)), "sum": "fp16_scaled"}
+        yield (
+            "serve_step",
+            build,
+            row_config("serve_step", bf16, hidden_size, sources, bf16, None, bf16, delta=True, **rows),
+        )
     for hidden_size, sources in ((7168, 9), (4096, 5), (2048, 17)):
         rows = ("fp16_scaled",) * sources
         yield (

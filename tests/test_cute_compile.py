@@ -71,7 +71,8 @@ def check_tile(hidden_size: int, num_sources: int, **flags: bool) -> None:
     rows = num_sources + flags.get("merge", False) + flags.get("delta", False)
     weight = tile.pitch(hidden_size) * 4 * flags.get("output_norm", False)
     ring = tile.groups * tile.slots * config_rows.slot_bytes(tile.rows, tile.pitch(hidden_size))
-    other = config_rows.exchange_bytes(tile.chunk, tile.warps, tile.groups) + config_rows.table_bytes(
+    words = config_rows.exchange_words(tile.chunk)
+    other = config_rows.exchange_bytes(words, tile.warps, tile.groups) + config_rows.table_bytes(
         rows, tile.producer_warps
     )
     assert ring + other + weight <= SHARED_BYTES, shape
@@ -143,13 +144,17 @@ def test_small_tokens_go_straight_to_registers() -> None:
         assert row_tile(hidden_size, num_sources) == ring_tile(hidden_size, num_sources)
 
 
-def test_scaled_sums_of_many_tokens_go_through_the_ring() -> None:
-    """Where a token mixes several sources, or is rounded stochastically besides."""
+def test_tiles_of_scaled_sums() -> None:
+    """As many CTAs an SM as their registers allow; the ring where the sum is rounded stochastically besides."""
     scaled: dict[str, Any] = {"delta": True, "scaled_sum": True}
-    assert row_tile(4096, 5, **scaled) == ring_tile(4096, 5, delta=True)
-    assert row_tile(4096, 1, merge=True, **scaled) == RegisterTile(8)
-    assert row_tile(4096, 1, merge=True, **scaled, stochastic=True) == ring_tile(4096, 1, merge=True, delta=True)
-    assert row_tile(4096, 5, 16, **scaled) == row_tile(4096, 5, 16, delta=True) == RegisterTile(2, 8)
+    merged: dict[str, Any] = {"merge": True, "scales": 2, **scaled}
+    assert [row_tile(size, 1, **merged).resident for size in (2048, 4096, 7168)] == [10, 5, 3]
+    assert row_tile(4096, 1, **merged) == RegisterTile(8, resident=5)
+    assert row_tile(4096, 1, **merged, parameter_bytes=8) == RegisterTile(8, resident=3)
+    assert row_tile(4096, 1, **merged, stochastic=True) == ring_tile(4096, 1, merge=True, delta=True)
+    assert row_tile(4096, 5, scales=5, **scaled) == RegisterTile(8, resident=2)
+    assert row_tile(4096, 5, 16, scales=5, **scaled) == row_tile(4096, 5, 16, delta=True) == RegisterTile(2, 8)
+    assert row_tile(4096, 6, 16, delta=True).resident == 1
 
 
 @pytest.fixture
@@ -256,10 +261,10 @@ def check_register_code(c: RowConfig, found: Inspection, vectors: int) -> None:
     assert len(re.findall(r"LDG\.E\.128", found.sass)) == vectors * loads
     assert "CONSTANT" not in found.sass  # a row may be one that the kernel writes
     assert not {"UBLKCP", "USETMAXREG"} & set(found.instructions)
-    others = (c.output_weight is not None) + c.scaled_sum  # exchanges of one number
-    exchanges, sent = 1 + others, -(-c.num_sources // 16) + others
+    norm = c.output_weight is not None  # a second exchange, of one number
+    sent = -(-c.num_sources // 16) + c.scaled_sum + norm
     assert found.instructions["STAS"] == (sent * c.tile.cluster if c.tile.cluster > 1 else 0)
-    assert len(re.findall(r"TRYWAIT", found.sass)) == (exchanges if c.tile.cluster > 1 else 0)
+    assert len(re.findall(r"TRYWAIT", found.sass)) == (1 + norm if c.tile.cluster > 1 else 0)
 
 
 @pytest.mark.parametrize("c", [c for op, _, c in config.representative_configs() if op == "query_grad"], ids=str)

@@ -433,12 +433,20 @@ def test_torch_and_triton_store_the_same_bits_on_the_gpu(seed: int | None) -> No
 @pytest.mark.gpu
 @pytest.mark.parametrize("seed", [None, 11])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("spread", [0, 1])
 @pytest.mark.parametrize(("tokens", "size"), [(1, 7168), (7, 384), (100, 2304), (257, 2304), (257, 7168)])
-def test_phase_2_on_hopper_stores_what_torch_does(tokens: int, size: int, dtype: torch.dtype, seed: int | None) -> None:
-    """Each of partial sum, merged row and new sum scaled or not; the mix to the budget of one rounding."""
+def test_phase_2_on_hopper_stores_what_torch_does(
+    tokens: int, size: int, spread: int, dtype: torch.dtype, seed: int | None
+) -> None:
+    """Each of partial sum, merged row and new sum scaled or not; the mix to the budget of one rounding.
+
+    spread: of magnitudes along a row, so that each warp's part has another scale, or none.
+    """
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the CuTe kernels need a Hopper GPU")
-    values = [rows(tokens, size, seed=s, dtype=dtype).cuda() for s in (1, 2, 3)]
+    factors = 2.0 ** (spread * (8 if dtype == torch.float16 else 50) * torch.linspace(-1, 1, size))
+    factors[: spread * size // 4] = 0
+    values = [(rows(tokens, size, seed=s, dtype=dtype) * factors).to(dtype).cuda() for s in (1, 2, 3)]
     query, lse = rows(size, seed=4).cuda() / size**0.5, rows(tokens, seed=5).cuda()
     for scaled_partial, scaled_inter, storage in (
         (False, True, None),

@@ -27,6 +27,8 @@ from cute_kernels.device.rows import (
 
 
 class RegisterKernel(RowMix):
+    scale_first = False
+
     @cute.jit
     def __call__(
         self,
@@ -46,7 +48,8 @@ class RegisterKernel(RowMix):
             block=[tile.threads, 1, 1],
             cluster=[tile.cluster, 1, 1] if tile.cluster > 1 else None,
             stream=stream,
-            min_blocks_per_mp=1,
+            min_blocks_per_mp=tile.resident,
+            preferred_smem_carveout=self.config.carveout,
             use_pdl=True,
         )
 
@@ -60,12 +63,10 @@ class RegisterKernel(RowMix):
         cute.arch.griddepcontrol_launch_dependents()
         smem = SmemAllocator()
         if const_expr(tile.cluster > 1):
-            exchange = ClusterExchange(
-                smem, config.num_sources, tile.cluster, tile.warps, rank, warp, lane, leading=int(config.scaled_sum)
-            )
+            exchange = ClusterExchange(smem, config.exchange_words, tile.cluster, tile.warps, rank, warp, lane)
             exchange.start(thread)
         else:
-            s_partials = GroupExchange.allocate(smem, config.num_sources, tile.warps, 1)
+            s_partials = GroupExchange.allocate(smem, config.exchange_words, tile.warps, 1)
             exchange = GroupExchange(s_partials, 0, warp, lane, tile.warps, 0)
         part = RowTile(config.hidden_size, tile.cluster * tile.warps, rank * tile.threads + thread)
         token = block // tile.cluster
@@ -73,11 +74,11 @@ class RegisterKernel(RowMix):
             self.prefetch(token, rows, strides, part, operands)
         # Before any read: the kernel before this one may have written a parameter, too.
         cute.arch.griddepcontrol_wait()
-        # Every load before the first use.
+        # Every load before the first use, but for the norm's weight where registers are to suffice for more CTAs.
         reader = self.load_rows(token, rows, strides, part)
         given = vector_fp32(operands.given_logit, scalars.tokens)[token] if const_expr(config.merge) else None
         weight = None
-        if const_expr(config.output_weight is not None):
+        if const_expr(config.output_weight is not None and tile.resident == 1):
             weight = self.load_parameter(part, config.output_weight, operands.output_weight)
         r_u = self.load_key(part, operands)
         self.mix_token(token, reader, exchange, r_u, given, weight, operands, scalars)

@@ -28,6 +28,8 @@ from cute_kernels.device.rows import LANES, GroupExchange, RowTile, vector_fp32
 
 
 class RingKernel(RowMix):
+    scale_first = True
+
     @property
     def columns(self) -> int:
         """Of a row that a CTA works on."""
@@ -75,7 +77,7 @@ class RingKernel(RowMix):
             scaled=scaled,
         )
         table = RowTable.allocate(smem, config.table_entries, tile.producer_warps)
-        s_partials = GroupExchange.allocate(smem, tile.chunk, tile.warps, tile.groups)
+        s_partials = GroupExchange.allocate(smem, config.exchange_words, tile.warps, tile.groups)
         s_weight = None
         if const_expr(config.output_weight is not None):
             # (pitch,) fp32: every token needs it, and the registers are full of rows

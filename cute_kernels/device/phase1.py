@@ -40,6 +40,7 @@ import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float16, Float32, Int32, Int64, const_expr
+from cutlass.memory import SmemAllocator
 
 from cute_kernels.config import ITEM_BYTES, LANES, VECTOR
 from cute_kernels.config_phase1 import (
@@ -240,7 +241,7 @@ class Phase1Kernel:
         thread, _, _ = cute.arch.thread_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         cute.arch.griddepcontrol_launch_dependents()
-        base = cutlass.utils.SmemAllocator().allocate(self.shape.shared_bytes(tile), 1024)
+        base = SmemAllocator().allocate(self.shape.shared_bytes(tile), 1024)
         memory = Memory(self.config, base)
 
         if thread == 0:

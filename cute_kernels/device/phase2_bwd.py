@@ -116,7 +116,7 @@ class Phase2BwdKernel:
         smem = SmemAllocator()
         layout = cute.make_layout((config.pitch, config.rows, config.stages, config.groups))
         s_rows = smem.allocate_tensor(self.dtype, layout, byte_alignment=128)
-        s_partials = GroupExchange.allocate(smem, 1, config.warps, config.groups)
+        s_partials = GroupExchange.allocate(smem, LANES, config.warps, config.groups)
         s_own = s_rows[None, None, None, group]
 
         first, step = block + group * grid, grid * config.groups

@@ -4,18 +4,18 @@ Thread t of a group of W warps owns the 16-byte vectors t, t + 32 W, t + 64 W, .
 one run of 512 bytes: free of bank conflicts in shared memory, whole sectors in device memory.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Boolean, Float32, Int32, Int64, Numeric, const_expr
 from cutlass.memory import SmemAllocator
 
-from cute_kernels.config_rows import exchange_words
 from cute_kernels.device.mma import ptx, store_cluster
 from cute_kernels.device.pipelines import NamedBarrier
+from cute_kernels.device.rounding import INFINITE_BITS, finite_magnitude
 
 LANES = 32
 VECTOR = 8  # elements of a 16-byte vector of a 2-byte type
@@ -140,6 +140,15 @@ def warp_max(value: Float32) -> Float32:
     return cute.arch.warp_redux_sync(value.bitcast(Int32), "max").bitcast(Float32)
 
 
+@cute.jit
+def largest_finite(values: list) -> Float32:
+    """The largest magnitude of the warp's numbers, infinity and NaN left out, in every lane."""
+    peak = warp_max(tree(cute.arch.fmax, [cute.math.absf(value) for value in values]))  # NaN has no say in it
+    if peak.bitcast(Int32) >= INFINITE_BITS:
+        peak = warp_max(tree(cute.arch.fmax, [finite_magnitude(value) for value in values]))
+    return peak
+
+
 def warp_sum(value: Float32) -> Float32:
     """The sum over the warp, in every lane."""
     for offset in (16, 8, 4, 2, 1):
@@ -223,20 +232,22 @@ class RowSums:
         return cute.arch.shuffle_sync(values[place], lane)
 
 
-class Exchange(Protocol):
+class Exchange:
     """Sums over the warps that share a token."""
 
     lane: Int32
     warp: Int32  # among the token's warps
 
+    def gather(self, values: list[Float32]) -> Iterator[list[Float32]]:
+        """For each of a lane's values, those of the same lane of all warps."""
+        raise NotImplementedError
+
     def sum(self, values: list[Float32]) -> list[Float32]:
         """Each lane's values summed over the same lane of all warps."""
-
-    def max(self, value: Float32) -> Float32:
-        """The largest of each lane's value and those of the same lane of all warps."""
+        return [tree(add, found) for found in self.gather(values)]
 
 
-class GroupExchange:
+class GroupExchange(Exchange):
     """Over the W warps of a group through shared memory: every warp writes, one named barrier, every warp reads.
 
     Two buffers in turn: a warp can write buffer b again only after the barrier that follows its neighbours' reads of b. `turn`
@@ -252,35 +263,29 @@ class GroupExchange:
         warps: int,
         turn: Int32 | int,
     ):
-        # (LANES * depth, warps, 2 buffers, groups); None for one warp
+        # (words, warps, 2 buffers, groups); None for one warp
         self.s_partials, self.group, self.warp, self.lane, self.warps = s_partials, group, warp, lane, warps
         self.turn = turn
 
     @staticmethod
-    def allocate(smem: SmemAllocator, count: int, warps: int, groups: int) -> cute.Tensor | None:
-        """For sums of up to `count` rows."""
+    def allocate(smem: SmemAllocator, words: int, warps: int, groups: int) -> cute.Tensor | None:
+        """For so many words a warp at once."""
         if warps == 1:
             return None
-        return smem.allocate_tensor(Float32, cute.make_layout((exchange_words(count), warps, 2, groups)), 16)
+        return smem.allocate_tensor(Float32, cute.make_layout((words, warps, 2, groups)), 16)
 
-    def sum(self, values: list[Float32]) -> list[Float32]:
-        return self._combine(add, values)
-
-    def max(self, value: Float32) -> Float32:
-        return self._combine(cute.arch.fmax, [value])[0]
-
-    def _combine(self, operation: Callable[[Float32, Float32], Float32], values: list[Float32]) -> list[Float32]:
+    def gather(self, values: list[Float32]) -> Iterator[list[Float32]]:
         if self.warps == 1:
-            return values
+            return iter([value] for value in values)
         s_buffer = self.s_partials[None, None, self.turn % 2, self.group]
         self.turn = self.turn + 1
         for k, value in enumerate(values):
             s_buffer[k * LANES + self.lane, self.warp] = value
         cute.arch.barrier(barrier_id=NamedBarrier.GROUP + self.group, number_of_threads=self.warps * LANES)
-        return over_warps(operation, s_buffer, len(values), self.lane)
+        return of_warps(s_buffer, len(values), self.lane)
 
 
-class ClusterExchange:
+class ClusterExchange(Exchange):
     """Over all warps of a cluster, for its one token: every warp sends its sums to every CTA and adds all of them up itself.
 
     One trip through distributed shared memory for each exchange: of many rows' sums, then of one number. What is sent completes a
@@ -291,20 +296,17 @@ class ClusterExchange:
     def __init__(
         self,
         smem: SmemAllocator,
-        count: int,
+        words: int,
         cluster: int,
         warps: int,
         rank: Int32,
         warp: Int32,
         lane: Int32,
-        leading: int = 0,
     ):
         self.cluster, self.warp, self.lane = cluster, rank * warps + warp, lane
-        self.sent = (LANES,) * leading + (exchange_words(count), LANES)  # words a warp sends: of many rows, then of one
-        # (LANES * depth, warps of the cluster, exchanges)
-        self.s_partials = smem.allocate_tensor(
-            Float32, cute.make_layout((exchange_words(count), cluster * warps, len(self.sent))), 16
-        )
+        self.sent = (words, LANES)  # by a warp: of many rows, then of one
+        # (words, warps of the cluster, exchanges)
+        self.s_partials = smem.allocate_tensor(Float32, cute.make_layout((words, cluster * warps, len(self.sent))), 16)
         self.arrived = smem.allocate_array(Int64, len(self.sent))  # mbarriers
         self.turn = 0
 
@@ -319,13 +321,7 @@ class ClusterExchange:
             cute.arch.mbarrier_init_fence()
         cute.arch.cluster_arrive_relaxed()
 
-    def sum(self, values: list[Float32]) -> list[Float32]:
-        return self._combine(add, values)
-
-    def max(self, value: Float32) -> Float32:
-        return self._combine(cute.arch.fmax, [value])[0]
-
-    def _combine(self, operation: Callable[[Float32, Float32], Float32], values: list[Float32]) -> list[Float32]:
+    def gather(self, values: list[Float32]) -> Iterator[list[Float32]]:
         if self.turn == 0:
             cute.arch.cluster_wait()
         s_buffer, arrived = self.s_partials[None, None, self.turn], self.arrived + self.turn
@@ -335,15 +331,13 @@ class ClusterExchange:
             for cta in range(self.cluster):
                 store_cluster(place, arrived.toint(), Int32(cta), [value])
         cute.arch.mbarrier_wait(arrived, 0)
-        return over_warps(operation, s_buffer, len(values), self.lane)
+        return of_warps(s_buffer, len(values), self.lane)
 
 
-def over_warps(
-    operation: Callable[[Float32, Float32], Float32], s_buffer: cute.Tensor, count: int, lane: Int32
-) -> list[Float32]:
-    """(LANES * count, warps) -> `count` results for each lane."""
-    warps = cute.size(s_buffer, mode=[1])
-    return [tree(operation, [s_buffer[k * LANES + lane, w] for w in range(warps)]) for k in range(count)]
+def of_warps(s_buffer: cute.Tensor, count: int, lane: Int32) -> Iterator[list[Float32]]:
+    """(LANES * count, warps) -> each lane's `count` values of all warps; each is read when it is its turn."""
+    for k in range(count):
+        yield [s_buffer[k * LANES + lane, w] for w in range(cute.size(s_buffer, mode=[1]))]
 
 
 def reciprocal_root(x: Float32) -> Float32:
