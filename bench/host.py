@@ -1,7 +1,7 @@
 """What a call costs apart from device time: Python per eager call, and the first call of a process.
 
-`python -m bench.host PROVIDER` times the first calls in this process and prints them as JSON; `first_calls` runs it twice with one
-fresh cache folder: cold, then from the disk cache.
+`python -m bench.host PROVIDER` times the first calls in this process and prints them as JSON; `first_calls` runs it, with bytecode
+as installed packages have it, twice with one fresh cache folder: cold, then from the disk cache.
 """
 
 from __future__ import annotations
@@ -76,13 +76,14 @@ def first_calls(names: list[str]) -> dict[str, dict[str, dict[str, float] | str]
     found: dict[str, dict[str, dict[str, float] | str]] = {}
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
-            caches = {"ATTNRES_CACHE_DIR": f"{folder}/attnres", "TRITON_CACHE_DIR": f"{folder}/triton"}
-            # as a user has it: FLA keeps its autotuning results (bench.providers has switched that off)
-            environment = {**os.environ, **caches, "FLA_CACHE_RESULTS": "1"}
             # bytecode too, which installed packages have and a machine that keeps none compiles anew: half of a call from disk
-            environment.pop("PYTHONDONTWRITEBYTECODE", None)
-            environment["PYTHONPYCACHEPREFIX"] = f"{folder}/bytecode"
-            found[name] = {when: _in_new_process(name, environment) for when in ("cold", "from disk")}
+            environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+            environment |= {"PYTHONPYCACHEPREFIX": f"{folder}/bytecode", "FLA_CACHE_RESULTS": "1"}  # as a user has it
+            runs = []
+            for kernels in ("others", "own", "own"):  # the first one leaves bytecode alone
+                caches = {f"{of}_CACHE_DIR": f"{folder}/{kernels}/{of}" for of in ("ATTNRES", "TRITON")}
+                runs.append(_in_new_process(name, environment | caches))
+            found[name] = {"cold": runs[1], "from disk": runs[2]}
     return found
 
 
