@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from attnres.scaled import row_scale
 from cute_kernels import config, config_rows
 from cute_kernels.config import MAX_HIDDEN_SIZE, MAX_SOURCES, SHARED_BYTES, refusal
 from cute_kernels.config_rows import (
@@ -187,6 +188,48 @@ def test_row_sums_reach_their_owners(warp: np.ndarray, count: int) -> None:
     owned = [(row, lane, place) for place, rows in enumerate(sums.rows_of(warp)) for lane, row in enumerate(rows)]
     assert sorted(row for row, _, _ in owned if row >= 0) == list(range(count))
     assert all(sums.owner(row) == (lane, place) for row, lane, place in owned if row >= 0)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 17])
+@pytest.mark.parametrize(
+    "magnitudes", [(1.0,), (1.0, 0.0), (0.0, 0.0), (3e-38, 1e30, 0.0, 1.0), (1.0, 1e-3, 5e4, 0.3, 2.0)]
+)
+def test_sums_in_units_of_the_warps(
+    warp: np.ndarray, monkeypatch: pytest.MonkeyPatch, count: int, magnitudes: tuple[float, ...]
+) -> None:
+    """The first row, of which each warp has squares and products in a unit of its own, comes out in the row's scale."""
+    import cutlass.cute as cute
+
+    from cute_kernels.device import mix
+
+    monkeypatch.setattr(mix, "select", np.where)
+    monkeypatch.setattr(mix, "Float32", np.float32)
+    monkeypatch.setattr(mix, "inverse", lambda scale: ((254 << 23) - np.float32(scale).view(np.int32)).view(np.float32))
+    monkeypatch.setattr(cute.arch, "fmax", np.maximum)
+    sums, warps = mix.RowSums(count), len(magnitudes)
+    random = np.random.default_rng(warps)
+    weights, rows = (random.standard_normal((count, warps, LANES)).astype(np.float32) for _ in range(2))
+    rows[0] *= np.array(magnitudes, np.float32)[:, None]
+    scales = row_scale(torch.from_numpy(rows[0])).numpy()
+    units = np.where(np.abs(rows[0]).max(-1) > 0, scales, np.float32(0))
+    scaled = np.concatenate([(rows[0] / scales[:, None])[None], rows[1:]])
+    told = [sums.reduce([*(x := scaled[:, w]) ** 2], [*(x * weights[:, w])], warp) for w in range(warps)]
+
+    class Warps:
+        lane = warp
+
+        def gather(self, values: list[Any]) -> Any:
+            assert len(values) == sums.depth + 1
+            return iter([*map(list, zip(*told, strict=True)), [np.full(LANES, unit) for unit in units]])
+
+    totals, scale = mix.sum_in_units(told[0], units[0], Warps())
+    expected = row_scale(torch.from_numpy(rows[0].reshape(-1))).numpy()
+    np.testing.assert_array_equal(scale, np.full(LANES, expected))
+    pairs = [sums.pair(total, warp) for total in totals]
+    exact = np.concatenate([(rows[0].astype(np.float64) / expected)[None], rows[1:]])
+    for k, of_rows in enumerate((exact**2, exact * weights)):
+        found = np.array(sums.spread([pair[k] for pair in pairs]))[:, 0]
+        assert (np.abs(found - of_rows.sum((1, 2))) <= 1e-5 * np.abs(of_rows).sum((1, 2))).all()
 
 
 def test_producer_and_consumers_agree_on_slots() -> None:
