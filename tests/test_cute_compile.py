@@ -163,10 +163,11 @@ def warp(monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
     """Lane numbers, with the device helpers' warp operations replaced by NumPy ones on arrays of 32 lanes."""
     import cutlass.cute as cute
 
-    from cute_kernels.device import rows
+    from cute_kernels.device import mix, rows
 
     lanes = np.arange(LANES)
-    monkeypatch.setattr(rows, "select", np.where)
+    for module in (mix, rows):  # both imported before either is changed: mix takes rows' functions by name
+        monkeypatch.setattr(module, "select", np.where)
     monkeypatch.setattr(rows, "Int32", int)
     monkeypatch.setattr(cute.arch, "shuffle_sync_bfly", lambda value, offset: value[lanes ^ offset])
     monkeypatch.setattr(cute.arch, "shuffle_sync", lambda value, lane: np.full(LANES, value[lane]))
@@ -202,7 +203,6 @@ def test_sums_in_units_of_the_warps(
 
     from cute_kernels.device import mix
 
-    monkeypatch.setattr(mix, "select", np.where)
     monkeypatch.setattr(mix, "Float32", np.float32)
     monkeypatch.setattr(mix, "inverse", lambda scale: ((254 << 23) - np.float32(scale).view(np.int32)).view(np.float32))
     monkeypatch.setattr(cute.arch, "fmax", np.maximum)
@@ -308,6 +308,22 @@ def check_register_code(c: RowConfig, found: Inspection, vectors: int) -> None:
     sent = -(-c.num_sources // 16) + c.scaled_sum + norm
     assert found.instructions["STAS"] == (sent * c.tile.cluster if c.tile.cluster > 1 else 0)
     assert len(re.findall(r"TRYWAIT", found.sass)) == (1 + norm if c.tile.cluster > 1 else 0)
+
+
+@pytest.mark.parametrize(("size", "sources"), [(2048, 7), (4096, 4), (4096, 5), (7168, 2)])
+def test_all_rows_are_on_their_way_before_a_scaled_sum(size: int, sources: int) -> None:
+    from cute_kernels.inspect import inspect_kernel
+    from cute_kernels.mix_fwd import build
+
+    bf16, scaled = torch.bfloat16, config.SCALED_FP16
+    formats = (scaled, "bf16", *[scaled] * (sources - 1))
+    c = row_config("serve_step", bf16, size, sources, bf16, bf16, bf16, delta=True, formats=formats, sum=scaled)
+    assert isinstance(c.tile, RegisterTile)
+    assert c.tile.resident > 1
+    sass = inspect_kernel(c.op, build, c).sass
+    first_magnitude = sass.index("FMNMX")
+    loads = sum(m.start() < first_magnitude for m in re.finditer(r"LDG\.E\.128", sass))
+    assert loads >= c.tile.vectors(size) * (c.rows_per_token + 2)  # query and key weight, too
 
 
 @pytest.mark.parametrize("c", [c for op, _, c in config.representative_configs() if op == "query_grad"], ids=str)
