@@ -284,7 +284,8 @@ def row_tile(
     parameter_bytes: an element of query and key weight together.
 
     A scaled sum makes a token wait for its largest magnitude. On an H200, us at T 16384 in registers / by the ring: step at D 4096,
-    L 5, in bf16 243 / 257, scaled 250 / 258; phase 2 at D 7168 273 / 298, scaled 276 / 304, and with stochastic rounding 362 / 322.
+    L 5, in bf16 243 / 257, scaled 246 / 259, with one vector a thread (D 2048, L 5) 154 / 131; phase 2 at D 7168 273 / 298, scaled
+    274 / 306, and with stochastic rounding 362 / 322.
     """
     rows = num_sources + merge + delta
     few = tokens <= max(CLUSTERS)
@@ -292,6 +293,7 @@ def row_tile(
     small = small and not (scaled_sum and stochastic)
     tile = decode_tile(hidden_size, CLUSTERS[token_class(tokens)]) if few else stream_tile(hidden_size, rows)
     vectors = tile.vectors(hidden_size)
+    small = small and not (scaled_sum and num_sources > 1 and vectors == 1)
     needed = vectors * (4 * rows + VECTOR) + 2 * num_sources + scales + SPARE_REGISTERS
     if not (few or small) or needed > tile.registers:
         return ring_tile(hidden_size, num_sources, merge=merge, delta=delta, output_norm=output_norm)
