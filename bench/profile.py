@@ -14,6 +14,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -118,12 +119,16 @@ def to_markdown(data: dict[str, Any]) -> str:
         f"| case | {' | '.join(labels)} | waiting for |",
         "| --- " * (len(labels) + 2) + "|",
     ]
+    launches = Counter(entry["case"] for entry in data["kernels"])
+    seen = Counter[str]()
     for entry in data["kernels"]:
+        name = entry["case"]
+        seen[name] += 1
+        if launches[name] > 1:  # a backward: after the kernel itself, one adds up the query gradient
+            name += f", kernel {seen[name]} of {launches[name]}"
         stalls = sorted(STALLS, key=lambda stall: -entry.get(f"stall {stall}", 0.0))[:2]
         waiting = ", ".join(f"{stall} {entry.get(f'stall {stall}', 0.0):.1f}" for stall in stalls)
-        lines.append(
-            f"| {entry['case']} | " + " | ".join(f"{entry.get(label, '')}" for label in labels) + f" | {waiting} |"
-        )
+        lines.append(f"| {name} | " + " | ".join(f"{entry.get(label, '')}" for label in labels) + f" | {waiting} |")
     return "\n".join(lines) + "\n"
 
 

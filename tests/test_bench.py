@@ -19,7 +19,7 @@ from rich.console import Console
 
 import attnres
 from attnres import report
-from bench import autotune, host, network, ops, plots, providers, readme, results, run, timing, warm
+from bench import autotune, host, network, ops, plots, profile, providers, readme, results, run, timing, warm
 from bench.ops import CASES, Case
 from bench.providers import PROVIDERS, Provider, Unsupported
 
@@ -674,3 +674,31 @@ def test_network_suite_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None
         assert "need a CUDA device" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="unknown provider nobody"):
         network.main(["--providers", "nobody"])
+
+
+def test_profile_of_a_backward_has_two_kernels() -> None:
+    """ncu's CSV, after what the profiled program and ncu itself print; a kernel's name follows that of its case."""
+    numbers = {
+        "gpu__time_duration.sum": ("ns", "1,500"),
+        "dram__bytes_read.sum": ("Mbyte", "2.5"),
+        "dram__bytes_write.sum": ("byte", "4,000"),
+        "smsp__average_warps_issue_stalled_barrier_per_issue_active.ratio": ("inst", "0.25"),
+        "smsp__average_warps_issue_stalled_wait_per_issue_active.ratio": ("inst", "3"),
+    }
+    lines = ["==PROF== Connected", '"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"']
+    for kernel, case in enumerate(("direct forward T1", "direct backward T1", "direct backward T1")):
+        lines += [f'"{kernel}","{case}/kernel","{name}","{unit}","{value}"' for name, (unit, value) in numbers.items()]
+    kernels = profile.parse("\n".join(lines))
+    assert [kernel["case"] for kernel in kernels] == ["direct forward T1", "direct backward T1", "direct backward T1"]
+    assert kernels[0]["us"] == 1.5
+    assert kernels[0]["read MB"] == 2.5
+    assert kernels[0]["written MB"] == 0.0
+    rows = profile.to_markdown({"metadata": {"device": "a device"}, "kernels": kernels}).splitlines()[-3:]
+    names = ["direct forward T1", "direct backward T1, kernel 1 of 2", "direct backward T1, kernel 2 of 2"]
+    assert [row.split(" | ")[0] for row in rows] == [f"| {name}" for name in names]
+    assert all(row.endswith("| wait 3.0, barrier 0.2 |") for row in rows)
+
+
+def test_profile_without_kernels_says_what_ncu_said() -> None:
+    with pytest.raises(RuntimeError, match="saw no kernel of the CuTe backend: ==ERROR== no permission"):
+        profile.parse("==ERROR== no permission")
