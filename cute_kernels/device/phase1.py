@@ -894,28 +894,30 @@ class Phase1Kernel:
             return even, odd
 
         loaded = [load(*step) for step in steps[: self.ahead]]
-        sums: list[list[Float32] | None] = []
+        sums: list[list[Float32] | None] = [None] * 8
         for i, (block, group) in enumerate(steps):
             loaded += [load(*step) for step in steps[i + self.ahead : i + self.ahead + 1]]
             even, odd = loaded.pop(0)
-            if group == 0:
-                sums = [None] * 8
-            for e in range(8):
-                source = zip_pairs(even[e // 2], odd[e // 2], e % 2)
-                sums[e] = self.weighted(operands[group], source, sums[e])
+            pieces = [zip_pairs(even[e // 2], odd[e // 2], e % 2) for e in range(8)]
+            sums = self.weighted(operands[group], pieces, [None] * 8 if group == 0 else sums)
             if group == shape.groups - 1:
                 yield block, sums
             # Keeps the compiler from hoisting every block's loads and products, which spilled
             # (measured on an H200: 0.779 -> 0.814 of copy bandwidth).
             cute.arch.sync_warp()
 
-    def weighted(self, octets: list[list[Pair]], rows: Pair, total: list[Float32] | None) -> list[Float32]:
-        """Adds weights times rows: K 0 to 7 of an mma are the high terms, K 8 to 15 the low ones."""
+    def weighted(self, octets: list[list[Pair]], rows: list[Pair], totals: list) -> list[list[Float32]]:
+        """Adds weights times rows, for eight mmas' columns: K 0 to 7 of an mma are the high terms, K 8 to 15 the low ones.
+
+        Third terms come after all of these, since each would wait for the mma before it.
+        """
         (high, low, *third), other = octets[0], octets[1] if len(octets) > 1 else None
-        total = mma(self.dtype, ((high, low), None if other is None else (other[0], other[1])), (rows, rows), total)
+        a = ((high, low), None if other is None else (other[0], other[1]))
+        totals = [mma(self.dtype, a, (row, row), total) for row, total in zip(rows, totals, strict=True)]
         if third:
-            total = mma_k8(self.dtype, (third[0], Int32(0) if other is None else other[2]), rows, total)
-        return total
+            a = (third[0], Int32(0) if other is None else other[2])
+            totals = [mma_k8(self.dtype, a, row, total) for row, total in zip(rows, totals, strict=True)]
+        return totals
 
     def mix_segment(self, lane, rows: list, operands: list, factors: list, bits, segment: range, stage: Int32) -> None:
         """weights times rows for some blocks of columns, rounded, into the staging buffer."""
