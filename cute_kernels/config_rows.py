@@ -289,11 +289,10 @@ def row_tile(
     """
     rows = num_sources + merge + delta
     few = tokens <= max(CLUSTERS)
-    small = MIN_REGISTER_SIZE <= hidden_size <= MAX_REGISTER_ELEMENTS // rows and rows <= MAX_REGISTER_ROWS
-    small = small and not (scaled_sum and stochastic)
     tile = decode_tile(hidden_size, CLUSTERS[token_class(tokens)]) if few else stream_tile(hidden_size, rows)
     vectors = tile.vectors(hidden_size)
-    small = small and not (scaled_sum and num_sources > 1 and vectors == 1)
+    slow = scaled_sum and (stochastic or (num_sources > 1 and vectors == 1))
+    small = MIN_REGISTER_SIZE <= hidden_size <= MAX_REGISTER_ELEMENTS // rows and rows <= MAX_REGISTER_ROWS and not slow
     needed = vectors * (4 * rows + VECTOR) + 2 * num_sources + scales + SPARE_REGISTERS
     if not (few or small) or needed > tile.registers:
         return ring_tile(hidden_size, num_sources, merge=merge, delta=delta, output_norm=output_norm)
