@@ -26,21 +26,21 @@ OTHER_WARPS = 4  # a warpgroup: loads, stores, loads of what is added to, statis
 # Of a loading warp and of a consumer, after setmaxnreg
 OTHER_REGISTERS = 40
 CONSUMER_REGISTERS = 232
-# Of a consumer, for gradients, and columns of one warp: more spilled. Less where du is added apart from the tensor core;
-# those shapes that fit no other way spill up to 100 bytes (S = 24 at D = 7168, fp32 queries).
+# Of a consumer, for gradients, and columns of one warp: more spilled. Fewer where du is added apart from the tensor core;
+# those shapes that fit no other way spill a little (S = 24 at D = 7168, fp32 queries: 40 bytes).
 GRADIENT_REGISTERS = 112
-MAX_COLUMNS = 256
 APART_REGISTERS = 64
-APART_COLUMNS = 128
+MAX_COLUMNS = 256
 # Of gradients, that leave some for the rows of a mix's next step
 AHEAD_REGISTERS = 72
 APART_AHEAD_REGISTERS = 40
 MAX_SLOTS = 4  # of tokens
 SCRATCH_BYTES = 128  # alignment of the allocation
 
-# Of an item, up to two octets of a token's queries; all fp32: logits [16, 8], lse and d_lse [16], of the sources [8] rstd and
-# scales of scaled fp16
-LOGITS_AT, LSE_AT, D_LSE_AT, RSTD_AT, SCALES_AT, STATISTICS_BYTES = 0, 512, 576, 640, 672, 704
+# Of an item, up to two octets of a token's queries; fp32, what a lane reads at once side by side: logits [8 queries, 4, octets,
+# 2 sources], lse and its gradients [8 queries, 2, octets], of the sources rstd [8] and scales of scaled fp16 [8]; and, for
+# stochastic rounding, what random bits of their gradients are made of [8, 2]
+LOGITS_AT, LSE_AT, RSTD_AT, SCALES_AT, BITS_AT = 0, 512, 640, 672, 704
 BUFFERS = 4  # of them; device/phase1_bwd.py says why
 
 
@@ -146,12 +146,27 @@ class Phase1BwdConfig:
         return 3 if self.dtype == "bf16" and "fp32" in (self.query, self.key_weight) else 2
 
     @property
+    def weight_registers(self) -> int:
+        """Of an item's weights, those of du by twos, and of what undoes their powers of two."""
+        p, g, of_sources = (
+            self.mix_terms(self.dtype),
+            self.mix_terms(self.query_dtype),
+            ceil_div(self.weight_terms, 2) * 2,
+        )
+        return min(self.octets, self.tile.item_octets) * (p + g + of_sources) + p + 2
+
+    @property
     def adds_apart(self) -> bool:
         """Whether du is added up apart from the tensor core, whose sums are truncated: by 5e-6 over a hundred tokens.
 
         (And fp16 products have a scale of their own.)
         """
         return self.dtype == "fp16" or self.weight_terms > 2
+
+    @property
+    def du_octets(self) -> int:
+        """Of the tensor core's sums that are du: two at least, since high and low weights of one octet add up side by side."""
+        return self.octets if self.adds_apart else max(self.octets, 2)
 
     def octet_rows(self, octet: int) -> int:
         """Queries in an octet."""
@@ -176,7 +191,9 @@ class Phase1BwdConfig:
 
     @property
     def stage_bytes(self) -> int:
-        return self.num_sources * self.tile.row_bytes
+        """Of a token's rows and, where they are fewer than a matrix has, of a warp's columns for what is beyond them."""
+        beyond = self.tile.columns * ITEM_BYTES + OCTET * 16 if self.num_sources < OCTET else 0
+        return self.num_sources * self.tile.row_bytes + beyond
 
     @property
     def query_bytes(self) -> int:
@@ -201,12 +218,16 @@ class Phase1BwdConfig:
         return BUFFERS if self.tile.cluster == 1 else 2
 
     @property
+    def statistics_bytes(self) -> int:
+        return BITS_AT + (OCTET * 8 if self.stochastic else 0)
+
+    @property
     def exchange_bytes(self) -> int:
         """Statistics, each warp's sums and, over a cluster, each CTA's."""
         shares = self.partial_buffers * self.tile.warps
         if self.tile.cluster > 1:
             shares += BUFFERS * self.tile.cluster
-        return BUFFERS * STATISTICS_BYTES + shares * self.partial_bytes
+        return BUFFERS * self.statistics_bytes + shares * self.partial_bytes
 
     @property
     def shared_bytes(self) -> int:
@@ -260,7 +281,7 @@ def phase1_bwd_config(
         (pair, 2, least, GRADIENT_REGISTERS),
         (1, 2, 2, GRADIENT_REGISTERS),
     ):
-        for cluster, warps, columns in _splits(hidden_size, APART_COLUMNS if config.adds_apart else MAX_COLUMNS):
+        for cluster, warps, columns in _splits(hidden_size):
             tile = Phase1BwdTile(cluster, warps, columns, item_octets, sources, outputs, 1)
             found = dataclasses.replace(config, tile=tile)
             if found.shared_bytes <= SHARED_BYTES and found.gradient_registers <= most:
@@ -268,7 +289,7 @@ def phase1_bwd_config(
     return None
 
 
-def _splits(hidden_size: int, most_columns: int) -> Iterator[tuple[int, int, int]]:
+def _splits(hidden_size: int) -> Iterator[tuple[int, int, int]]:
     """(cluster, warps, columns of a warp): the smallest clusters first; of one size, the least padding, then the most
     warps.
     """
@@ -279,7 +300,7 @@ def _splits(hidden_size: int, most_columns: int) -> Iterator[tuple[int, int, int
             continue  # a CTA without columns
         fewest = ceil_div(per_cta, MAX_WARPS)
         for per_warp in sorted((fewest, fewest + 1), key=lambda k: (ceil_div(per_cta, k) * k, k)):
-            if per_warp * PIECE <= most_columns:
+            if per_warp * PIECE <= MAX_COLUMNS:
                 yield cluster, ceil_div(per_cta, per_warp), per_warp * PIECE
 
 

@@ -80,7 +80,7 @@ class Machine:
         # Whatever is not written is NaN in every type.
         self.shared = np.full((config.tile.cluster, config.shared_bytes // 4 + 64), 0xFFFFFFFF, np.uint32)
         self.device = np.zeros(0, np.uint32)
-        self.drawn: list[np.ndarray] = []  # what was rounded stochastically: two columns of a tile each
+        self.drawn: list[np.ndarray] = []  # what was rounded stochastically: two sources, a column of a tile each
 
     def place(self, tensor: np.ndarray, dtype: str = "fp32") -> int:
         """The address of a copy in device memory."""
@@ -163,12 +163,12 @@ class Machine:
     def mma_k8(self, dtype, a, b, c):
         return self.product(dtype, [(a[0],), (a[1],)], (b,), c)
 
-    def stochastic(self, values, dtype, bits, guard=True):
+    def stochastic_pair(self, values, words, dtype):
         from cute_kernels.device import rounding
 
         values = [Float(self.full(value)) for value in values]
         self.drawn.append(np.stack(values, -1))
-        return rounding.stochastic(values, dtype, bits, guard)
+        return rounding.stochastic_pair(values, words, dtype)
 
     def words(self, address) -> tuple[np.ndarray, np.ndarray]:
         address = self.full(address)
@@ -209,6 +209,16 @@ class Machine:
             found.append(elements[..., C, 2 * Q] | elements[..., C, 2 * Q + 1] << 16)
         return found
 
+    def stmatrix(self, address, offset, matrices):
+        ctas, index = self.words(address + offset)
+        assert (self.full(address + offset) % 16 == 0).all()
+        for number, pair in enumerate(matrices):
+            pair = self.full(pair).astype(np.uint32)
+            rows = np.swapaxes(self.matrix(pair & 0xFFFF, pair >> 16), -1, -2)
+            lanes = slice(8 * number, 8 * number + 8)
+            for i in range(4):
+                self.shared[ctas[..., lanes], index[..., lanes] + i] = rows[..., 2 * i] | rows[..., 2 * i + 1] << 16
+
     def copy_scalar(self, shared, address, predicate=True):
         ctas, index = self.words(shared)
         where = self.full(predicate)
@@ -234,7 +244,7 @@ def patched(monkeypatch: pytest.MonkeyPatch):
     from cute_kernels.device import phase1_bwd, phase1_queries
 
     def patch(machine: Machine) -> types.ModuleType:
-        names = "ldmatrix mma mma_k8 pack unpack split_pair split_vector transpose stochastic"
+        names = "ldmatrix stmatrix mma mma_k8 pack unpack split_pair split_vector transpose stochastic_pair"
         for name in names.split():
             monkeypatch.setattr(phase1_bwd, name, getattr(machine, name))
         for name in ("load_shared", "store_shared", "store_cluster", "copy_scalar", "store_pair"):
@@ -261,6 +271,7 @@ def patched(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(cute.arch, "fmax", np.maximum)
         monkeypatch.setattr(cute.arch, "shuffle_sync_bfly", lambda value, offset: value[..., LANES ^ offset])
         monkeypatch.setattr(cute, "recast_ptr", lambda *_, **__: Pointer())
+        monkeypatch.setattr(phase1_bwd, "wait_all", lambda _: None)
         monkeypatch.setattr(phase1_bwd.Phase1BwdKernel, "announce_totals", lambda *_: None)
         return phase1_bwd
 
@@ -403,8 +414,8 @@ def test_gradients_of_a_few_tokens(patched, hidden_size: int, sources: int, quer
     rank = np.arange(tile.cluster)[:, None, None]
     work = device.Work(rank, I32(0), I32(1), I32(tokens), I32(tokens))
     lane = kernel.place(work, np.arange(tile.warps)[None, :, None], LANES[None, None, :])
-    sums = device.Sums(Registers(), Registers(), Registers())
-    for octet in range(config.octets):
+    sums = device.Sums(Registers(), Registers(), Registers(), types.SimpleNamespace())
+    for octet in range(config.du_octets):
         for k in range(tile.columns // 8):
             sums.du[0, k, octet] = sums.du[1, k, octet] = machine.full(np.float32(0.0))
     words = tile.row_bytes // 4
@@ -442,11 +453,16 @@ def test_gradients_of_a_few_tokens(patched, hidden_size: int, sources: int, quer
         kernel.exchange(memory, work, lane, item)
         # Every warp does what one warp of the kernel does.
         kernel.copy_statistics(memory, work, lane.lane, statistics, item.index)
+        if config.stochastic:
+            kernel.store_bits(memory, work, lane.lane, seed, item.index)
 
     drawn = np.full(found.shape, np.nan, np.float32)
 
     def end(turn: int, number: int) -> None:
-        kernel.mix(memory, work, lane, kernel.item(I32(turn), number), sums, np.float32(scale), statistics.seeds)
+        item = kernel.item(I32(turn), number)
+        weights = kernel.weights(memory, lane, item, sums, np.float32(scale))
+        sums.weights.kept = lambda: weights
+        kernel.mix(memory, work, lane, item, sums)
         if number == config.items - 1:
             first = (int(memory.stage) + turn % tile.stages * config.stage_bytes) // 4
             written = machine.shared[:, first : first + sources * words].reshape(tile.cluster, sources, words)
@@ -454,10 +470,11 @@ def test_gradients_of_a_few_tokens(patched, hidden_size: int, sources: int, quer
             pairs = np.stack([machine.numbers(written & 0xFFFF), machine.numbers(written >> 16)], -1)
             found[turn] = pairs.reshape(tile.cluster, sources, -1).swapaxes(0, 1).reshape(sources, -1)
             for tile_number, values in enumerate(machine.drawn):
-                column = machine.full(lane.column + tile_number * 8 + lane.q * 2)
-                there = machine.full(lane.c < sources)
+                column = machine.full(lane.column + tile_number * 8 + lane.c)
                 for e in range(2):
-                    drawn[turn, machine.full(lane.c)[there], column[there] + e] = values[there, e]
+                    source = machine.full(lane.q * 2 + e)
+                    there = source < sources
+                    drawn[turn, source[there], column[there]] = values[there, e]
             machine.drawn.clear()
 
     items = [(turn, number) for turn in range(tokens) for number in range(config.items)]

@@ -14,12 +14,13 @@ pytest.importorskip("cutlass")
 
 import cutlass
 import cutlass.cute as cute
-from test_cute_phase1_bwd_lanes import F32, I32, LANES, Machine, Pointer, peak, replace_in_rounding
+from test_cute_phase1_bwd_lanes import F32, I32, LANES, Float, Machine, Pointer, peak, replace_in_rounding
 
 from attnres import oracle, rounding
 from attnres.scaled import ScaledTensor
 from cute_kernels.config_phase1 import Phase1Config, Phase1Outputs, phase1_config
 from cute_kernels.device import phase1, phase1_queries
+from cute_kernels.device import rounding as device_rounding
 
 HALF = {phase1_queries.BFloat16: False, phase1_queries.Float16: True}
 STORAGE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp16_scaled": torch.float16}
@@ -40,6 +41,9 @@ class ForwardMachine(Machine):
     def mma(self, dtype, a, b, c):
         self.half = HALF[dtype]
         return super().mma(dtype, a, b, c)
+
+    def stochastic(self, values, dtype, bits, guard=True):
+        return device_rounding.stochastic([Float(self.full(value)) for value in values], dtype, bits, guard)
 
     def larger_magnitudes(self, dtype, first, second):
         pairs = (np.abs(self.unpack(dtype, pair)) for pair in (first, second))

@@ -100,6 +100,13 @@ def ldmatrix(address: Int32, offset: int, transposed: bool = False, count: int =
     return ptx(text, [Int32] * count, [address], effects=True)
 
 
+def stmatrix(address: Int32, offset: int, matrices: list[Pair]) -> None:
+    """Stores 2 or 4 8x8 matrices of which each lane has (rows 2q and 2q + 1, column c): `ldmatrix`, transposed, the other way."""
+    count = len(matrices)
+    text = f"stmatrix.sync.aligned.m8n8.x{count}.trans.shared.b16 [$0+{offset}],{{{_slots(1, count)}}};"
+    ptx(text, [], [address, *matrices], effects=True)
+
+
 def transpose(pair: Pair) -> Pair:
     """An 8x8 matrix whose row c, columns 2q and 2q + 1 each lane holds, transposed over the warp."""
     return ptx("movmatrix.sync.aligned.m8n8.trans.b16 $0,$1;", [Int32], [pair], effects=False)[0]

@@ -10,8 +10,8 @@ cluster, then over consumer warps; all walk the same items. Per item, a warp doe
     products   gradients of outputs [16 x D-slice] times sources^T [D-slice x 8]
     exchange   sums of these over all warps and CTAs: each warp adds up one share and sends it to every CTA
     weights    in every warp, from the sums: p, g and the pull become mma operands in place
-    mix        p^T, g^T and the pull [8 high and 8 low x 16] times gradients of outputs, queries and sources
-               [16 x D-slice], and g [16 x 8] times sources [8 x D-slice], which adds to du in registers
+    mix        gradients of outputs, queries and sources, transposed [D-slice x 16], times p, g and the pull [16 x 8], and
+               g [16 x 8] times sources [8 x D-slice], which adds to du in registers
 
 in the order products(i + 1), exchange(i + 1), weights(i), mix(i), so that sums have a mix's time to cross the cluster.
 One more warp keeps two rings full, of tokens' sources and of octets' gradients; another stores the sources' gradients
@@ -26,6 +26,8 @@ Sources' gradients that are rounded stochastically are sums of fp32's accuracy: 
 that the gradients' dtype cannot hold are two fp16 terms, times a power of two.
 """
 
+import itertools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import cuda.bindings.driver as cuda
@@ -39,9 +41,9 @@ from cute_kernels.config_phase1 import OCTET, ceil_div
 from cute_kernels.config_phase1_bwd import (
     AHEAD_REGISTERS,
     APART_AHEAD_REGISTERS,
+    BITS_AT,
     BUFFERS,
     CONSUMER_REGISTERS,
-    D_LSE_AT,
     LOGITS_AT,
     LSE_AT,
     OTHER_REGISTERS,
@@ -49,7 +51,6 @@ from cute_kernels.config_phase1_bwd import (
     RSTD_AT,
     SCALES_AT,
     SCRATCH_BYTES,
-    STATISTICS_BYTES,
     STEP,
     Phase1BwdConfig,
     Statistics,
@@ -71,6 +72,7 @@ from cute_kernels.device.mma import (
     select,
     split_pair,
     split_vector,
+    stmatrix,
     store_cluster,
     store_pair,
     store_shared,
@@ -78,13 +80,14 @@ from cute_kernels.device.mma import (
     unpack,
 )
 from cute_kernels.device.phase1_queries import TYPES, ChainedSum, QueryReader
-from cute_kernels.device.pipelines import EVICT_FIRST, producer_state
-from cute_kernels.device.rounding import D_SOURCES, inverse, row_bits, stochastic
+from cute_kernels.device.pipelines import EVICT_FIRST, producer_state, wait_all
+from cute_kernels.device.rounding import D_SOURCES, RowBits, inverse, row_bits, stochastic_pair
 from cute_kernels.device.rows import add, exp_difference, tree, warp_max
 
 ITEM = ITEM_BYTES
 TILES = STEP // 8  # mma tiles of columns that one ldmatrix covers
 CONSUMERS = 1  # their named barrier
+SCHEDULERS = 4  # of an SM: warp w is on scheduler w % 4
 
 
 class Memory:
@@ -100,17 +103,17 @@ class Memory:
         # [terms, S, row_bytes]
         queries_at = outputs_at + tile.output_slots * config.output_slot_bytes
         self.queries = self.sources + queries_at
-        # [stages, N, row_bytes]
+        # [stages, stage_bytes]: N rows, and what is beyond them
         stage_at = queries_at + config.query_bytes
         self.stage = self.sources + stage_at
         # [octets * 8], fp32
         query_scales_at = stage_at + tile.stages * config.stage_bytes
         self.query_scales = self.sources + query_scales_at
-        # [BUFFERS, STATISTICS_BYTES]
+        # [BUFFERS, statistics_bytes]
         statistics_at = query_scales_at + config.query_scale_bytes
         self.statistics = self.sources + statistics_at
         # [partial_buffers, warps, partial_bytes]
-        self.partial = self.statistics + BUFFERS * STATISTICS_BYTES
+        self.partial = self.statistics + BUFFERS * config.statistics_bytes
         # [BUFFERS, CTAs of the cluster, partial_bytes]
         self.reduced = self.partial + config.partial_buffers * tile.warps * config.partial_bytes
         barriers = cute.recast_ptr(base + (statistics_at + config.exchange_bytes), dtype=Int64)
@@ -152,7 +155,7 @@ class Item(NamedTuple):
 
 
 class Weight(NamedTuple):
-    """An octet's weights as an mma operand: its terms, the high one first. Rows are sources, K the octet's queries."""
+    """An octet's weights as an mma operand: its terms, the high one first. Rows are the octet's queries, columns sources."""
 
     dtype: type[Numeric]
     terms: list[Pair]
@@ -163,21 +166,75 @@ class Weights(NamedTuple):
 
     p: list[Weight]
     g: list[Weight]
-    # on its terms' diagonals: of a token's last item
+    # on its terms' diagonals, rows are sources: of a token's last item
     pull: Weight | None
-    # what is multiplied with sources for du: each term of the octets' g, whose rows are queries
-    of_sources: list[list[Pair]]
+    # g whose rows are queries, multiplied with sources for du: rows 0 to 7 and rows 8 to 15 are two octets', term by term, or
+    # one's terms by twos
+    of_sources: list[tuple[Pair, Pair]]
     # undo the powers of two of fp16 weights: of what makes d_sources, of what makes du
     unscale: Float32 | None
     value_unscale: Float32 | None
 
+    def replaced(self, change: Callable[[Any], Any]) -> "Weights":
+        """With another register in place of each."""
+
+        def weight(of: Weight) -> Weight:
+            return Weight(of.dtype, [change(term) for term in of.terms])
+
+        return Weights(
+            p=[weight(of) for of in self.p],
+            g=[weight(of) for of in self.g],
+            pull=None if self.pull is None else weight(self.pull),
+            of_sources=[(change(upper), change(lower)) for upper, lower in self.of_sources],
+            unscale=None if self.unscale is None else change(self.unscale),
+            value_unscale=None if self.value_unscale is None else change(self.value_unscale),
+        )
+
+
+class Tiles(NamedTuple):
+    """A step's operands of a mix, from shared memory: blocks are of 16 columns, two tiles."""
+
+    sources: list[Pair]  # of tiles
+    factors: list[list[tuple[Pair, ...]]]  # of p and g, one or two octets each: of blocks
+    addends: list[Pair]  # of tiles: old gradients of the sources, where they are added to
+
+
+class WeightRegisters:
+    """Where an item's weights lie between two parts of the code: what a branch makes, the DSL keeps in tensors alone."""
+
+    def __init__(self, count: int):
+        self.words = cute.make_rmem_tensor((count,), Int32)
+
+    def keep(self, weights: Weights) -> None:
+        places = iter(range(cute.size(self.words)))
+
+        def keep(word: Any) -> Any:
+            self.words[next(places)] = word.bitcast(Int32) if isinstance(word, Float32) else word
+            return word
+
+        self.last = weights.replaced(keep)
+
+    def kept(self) -> Weights:
+        places = iter(range(cute.size(self.words)))
+
+        def kept(word: Any) -> Any:
+            found = self.words[next(places)]
+            return found.bitcast(Float32) if isinstance(word, Float32) else found
+
+        return self.last.replaced(kept)
+
 
 class Sums(NamedTuple):
-    """What a consumer thread adds up: fp32 registers, of query or source c, columns 2q and 2q + 1 of the warp's tiles."""
+    """What a consumer thread adds up, in fp32 registers, and what it adds up with."""
 
-    du: cute.Tensor  # (2, tiles, octets): over all tokens
-    d_sources: cute.Tensor  # (2, tiles): over the items of a token
-    pull: cute.Tensor  # (2,): this lane's part for sources 2q and 2q + 1, over the items of a token
+    # (2, tiles, octets), of one octet high and low weights' sums: query c, columns 2q and 2q + 1 of a tile, over all tokens
+    du: cute.Tensor
+    # (2, tiles): sources 2q and 2q + 1, column c of a tile, over the items of a token
+    d_sources: cute.Tensor
+    # (2,): this lane's part for sources 2q and 2q + 1, over the items of a token
+    pull: cute.Tensor
+    # of the next mix
+    weights: WeightRegisters
 
 
 class Phase1BwdKernel:
@@ -187,6 +244,8 @@ class Phase1BwdKernel:
         self.warp_columns = config.tile.columns
         self.ragged = config.ragged
         self.mixed = config.scaled and self.dtype is not Float16
+        # Whether warps share a scheduler
+        self.staggered = config.tile.warps > SCHEDULERS
         # Whether a mix loads one step ahead: not where gradients fill the registers
         self.ahead = config.gradient_registers <= (APART_AHEAD_REGISTERS if config.adds_apart else AHEAD_REGISTERS)
 
@@ -288,7 +347,7 @@ class Phase1BwdKernel:
                 work = cluster_work(tile.cluster, tokens)
                 lane = self.place(work, warp, thread % LANES)
                 self.load_queries(memory, lane, queries, query_stride, key_weights, key_weight_stride)
-                self.consume(memory, work, lane, du, scale, statistics.seeds)
+                self.consume(memory, work, lane, du, scale)
         if const_expr(tile.cluster > 1):
             # No CTA may leave while another can still write to its shared memory.
             sync_cluster(tile.cluster)
@@ -309,7 +368,8 @@ class Phase1BwdKernel:
         for buffer in range(BUFFERS):
             # Shares arrive as bytes; the one arrival announces how many.
             cute.arch.mbarrier_init(memory.reduced_ready + buffer, 1)
-            cute.arch.mbarrier_init(memory.statistics_full + buffer, LANES)
+            # Every lane for its copies, and for its words.
+            cute.arch.mbarrier_init(memory.statistics_full + buffer, LANES * (1 + self.config.stochastic))
             cute.arch.mbarrier_init(memory.statistics_empty + buffer, tile.warps)
 
     @cute.jit
@@ -424,27 +484,33 @@ class Phase1BwdKernel:
             cute.arch.mbarrier_wait(memory.statistics_empty + buffer, ((index // BUFFERS) & 1) ^ 1)
             self.copy_statistics(memory, work, lane, statistics, index)
             cute.arch.cp_async_mbarrier_arrive_noinc(memory.statistics_full + buffer)
+            if const_expr(self.config.stochastic):
+                self.store_bits(memory, work, lane, statistics.seeds[0], index)
+                cute.arch.mbarrier_arrive(memory.statistics_full + buffer)
 
     def copy_statistics(self, memory: Memory, work: Work, lane: Int32, statistics: Statistics, index: Int32) -> None:
-        """An item's, to its buffer. Entry 8s + n of logits belongs to query s of the item and source n. What is not there is not
-        copied: see weights.
-        """
+        """An item's, to its buffer, as config_phase1_bwd.py says. What is not there is not copied: see weights."""
         config = self.config
         sources, tokens = config.num_sources, Int64(work.tokens)
         token = work.item(index // config.items)
-        at = memory.statistics + index % BUFFERS * STATISTICS_BYTES + lane * 4
-        first, source = index % config.items * (self.tile.item_octets * OCTET), lane % OCTET
-        for piece in range(self.tile.item_octets * 64 // LANES):
-            query = first + (lane // OCTET + piece * (LANES // OCTET))
+        octets = self.tile.item_octets
+        buffer = memory.statistics + index % BUFFERS * config.statistics_bytes
+        at = buffer + lane * 4
+        first, source, row = index % config.items * (octets * OCTET), lane % OCTET, lane // OCTET
+        for piece in range(octets * 64 // LANES):
+            octet, c = piece // 2, row + piece % 2 * (LANES // OCTET)
+            query = first + octet * OCTET + c
             logit = statistics.logits + (Int64(query * sources + source) * tokens + token) * 4
             there = (query < config.num_queries) & (source < sources)
-            copy_scalar(at + (LOGITS_AT + piece * LANES * 4), logit, there)
+            place = (c * 4 + source // 2) * (8 * octets) + octet * 8 + source % 2 * 4
+            copy_scalar(buffer + place + LOGITS_AT, logit, there)
         query = first + lane
-        there = (lane < self.tile.item_octets * OCTET) & (query < config.num_queries)
+        there = (lane < octets * OCTET) & (query < config.num_queries)
         position = (Int64(query) * tokens + token) * 4
-        copy_scalar(at + LSE_AT, statistics.lse + position, there)
+        place = buffer + lane % OCTET * (8 * octets) + lane // OCTET * 4 + LSE_AT
+        copy_scalar(place, statistics.lse + position, there)
         if config.d_lse:
-            copy_scalar(at + D_LSE_AT, statistics.d_lse + position, there)
+            copy_scalar(place + octets * 4, statistics.d_lse + position, there)
         copy_scalar(at + RSTD_AT, statistics.rstd + (Int64(lane) * tokens + token) * 4, lane < sources)
         if config.scaled:
             address, stride = statistics.scales[0], statistics.scale_strides[0]
@@ -452,6 +518,15 @@ class Phase1BwdKernel:
                 address = select(lane == n, statistics.scales[n], address)
                 stride = select(lane == n, statistics.scale_strides[n], stride)
             copy_scalar(at + SCALES_AT, address + token * stride * 4, lane < sources)
+
+    def store_bits(self, memory: Memory, work: Work, lane: Int32, seed: Int64, index: Int32) -> None:
+        """What the random bits of an item's token are made of, lane n's of the gradient of source n. Here, because the consumers
+        are short of time for instructions, and this warp is not.
+        """
+        token = work.item(index // self.config.items)
+        bits = row_bits(seed, lane * work.tokens + token, D_SOURCES)
+        at = memory.statistics + index % BUFFERS * self.config.statistics_bytes + lane * 8
+        store_shared(at, BITS_AT, [bits.step, bits.first], lane < self.config.num_sources)
 
     # Consumers
 
@@ -527,11 +602,14 @@ class Phase1BwdKernel:
             row = cutlass.min(row, count - 1)
         return first + lane.offset + (lane.lane // 8) * 16 + row * self.tile.row_bytes
 
-    def pair_rows(self, lane: Lane, first: tuple[Int32, int], second: tuple[Int32, int]) -> Int32:
-        """The address for 16 columns of up to 8 rows of each of two, whose matrices come in turn."""
+    def pair_rows(self, lane: Lane, octets: list[tuple[Int32, int]], transposed: bool) -> Int32:
+        """The address for 16 columns of up to 8 rows of each of two. Matrices come as an mma's operand wants them: rows of one
+        octet and of the other in turn; or, where columns are its rows, both matrices of an octet one after the other.
+        """
         row, piece = lane.lane % 8, lane.lane // 8
-        starts = [at + cutlass.min(row, count - 1) * self.tile.row_bytes for at, count in (first, second)]
-        return select(piece % 2 == 0, *starts) + lane.offset + piece // 2 * 16
+        starts = [at + cutlass.min(row, count - 1) * self.tile.row_bytes for at, count in octets]
+        octet, matrix = (piece // 2, piece % 2) if transposed else (piece % 2, piece // 2)
+        return select(octet == 0, *starts) + lane.offset + matrix * 16
 
     def item(self, turn: Int32, number: int) -> Item:
         octets, items = self.config.octets, self.config.items
@@ -546,28 +624,43 @@ class Phase1BwdKernel:
         )
 
     @cute.jit
-    def consume(self, memory: Memory, work: Work, lane: Lane, du: Int64, scale: Float32, seeds: list):
+    def consume(self, memory: Memory, work: Work, lane: Lane, du: Int64, scale: Float32):
         items, tiles = self.config.items, self.warp_columns // 8
         sums = Sums(
-            cute.make_rmem_tensor((2, tiles, self.config.octets), Float32),
+            cute.make_rmem_tensor((2, tiles, self.config.du_octets), Float32),
             cute.make_rmem_tensor((2, tiles), Float32),
             cute.make_rmem_tensor((2,), Float32),
+            WeightRegisters(self.config.weight_registers),
         )
         sums.du.fill(0.0)
+        # Where two warps share a scheduler, one makes weights before its products and the other after them, so that they wait
+        # for different things (measured on an H200, D = 7168, N = 8, S = 16: 0.771 -> 0.794 of copy bandwidth). By a shuffle, or
+        # the compiler reads the thread's index again for every item, and waits for it.
+        warp = cute.arch.shuffle_sync(cute.arch.thread_idx()[0], 0)
+        early, late = warp >= SCHEDULERS * LANES, warp < SCHEDULERS * LANES
         # One turn more than there are tokens: each part of the code is there once.
         for turn in cutlass.range(work.items + 1, unroll=1):
+            last = self.item(turn - 1, items - 1)
+            if const_expr(self.staggered) and (turn > 0) & early:
+                self.make_weights(memory, lane, last, sums, scale)
             if turn < work.items:
                 item = self.item(turn, 0)
                 self.products(memory, lane, item)
                 self.exchange(memory, work, lane, item)
+            if (turn > 0) & late:
+                self.make_weights(memory, lane, last, sums, scale)
             if turn > 0:
-                self.mix(memory, work, lane, self.item(turn - 1, items - 1), sums, scale, seeds)
+                self.mix(memory, work, lane, last, sums)
             if turn < work.items:
                 for number in cutlass.range_constexpr(1, items):
-                    item = self.item(turn, number)
+                    item, before = self.item(turn, number), self.item(turn, number - 1)
+                    if const_expr(self.staggered) and early:
+                        self.make_weights(memory, lane, before, sums, scale)
                     self.products(memory, lane, item)
                     self.exchange(memory, work, lane, item)
-                    self.mix(memory, work, lane, self.item(turn, number - 1), sums, scale, seeds)
+                    if late:
+                        self.make_weights(memory, lane, before, sums, scale)
+                    self.mix(memory, work, lane, before, sums)
         self.store_du(work, lane, du, sums.du)
 
     def source_slot(self, memory: Memory, turn: Int32) -> tuple[Int32, Int32, Int32]:
@@ -590,8 +683,7 @@ class Phase1BwdKernel:
         """
         config, tile = self.config, self.tile
         index, parity, slot = self.source_slot(memory, item.turn)
-        if item.first:
-            cute.arch.mbarrier_wait(memory.sources_full + index, parity)
+        awaited = [(memory.sources_full + index, parity)] if item.first else []
         alone = len(item.octets) == 1
         piece = lane.lane // 8
         order = piece % 2 * 2 + piece // 2 if alone else piece
@@ -600,9 +692,10 @@ class Phase1BwdKernel:
         outputs = []
         for octet in item.octets:
             index, parity, slot = self.output_slot(memory, item.turn, octet)
-            cute.arch.mbarrier_wait(memory.outputs_full + index, parity)
+            awaited.append((memory.outputs_full + index, parity))
             outputs.append((slot, config.octet_rows(octet)))
-        d_out_rows = self.rows(lane, *outputs[0]) if alone else self.pair_rows(lane, *outputs)
+        wait_all(awaited)
+        d_out_rows = self.rows(lane, *outputs[0]) if alone else self.pair_rows(lane, outputs, transposed=False)
         sums, zero = ChainedSum(self.dtype, alternating=alone), Int32(0)
         for step, tiles in enumerate(self.steps()):
             columns, whole = step * STEP * ITEM, len(tiles) == TILES
@@ -627,8 +720,8 @@ class Phase1BwdKernel:
                 cute.arch.sync_warp()
         buffer = item.index % config.partial_buffers
         share = memory.partial + (buffer * tile.warps + lane.warp) * config.partial_bytes
-        for i, pair in enumerate(sums.octets()):
-            store_shared(share + lane.lane * 8, i * 256, pair)
+        values = [value for octet in sums.octets() for value in octet]
+        store_shared(share + lane.lane * (4 * len(values)), 0, values)
 
     def exchange(self, memory: Memory, work: Work, lane: Lane, item: Item) -> None:
         """Makes the warps' partial sums common; over a cluster, adds this warp's share of them up and sends it to every CTA.
@@ -664,6 +757,9 @@ class Phase1BwdKernel:
             with cute.arch.elect_one():
                 cute.arch.mbarrier_arrive_and_expect_tx(memory.reduced_ready + buffer, self.tile.cluster * size)
 
+    def make_weights(self, memory: Memory, lane: Lane, item: Item, sums: Sums, scale: Float32) -> None:
+        sums.weights.keep(self.weights(memory, lane, item, sums, scale))
+
     def weights(self, memory: Memory, lane: Lane, item: Item, sums: Sums, scale: Float32) -> Weights:
         """p, g and, at last, the pull; every warp computes them all.
 
@@ -672,14 +768,15 @@ class Phase1BwdKernel:
         """
         config, tile = self.config, self.tile
         buffer = item.index % BUFFERS
+        awaited, phase = [memory.statistics_full + buffer], (item.index // BUFFERS) & 1
         if tile.cluster == 1:
             shares, totals = tile.warps, memory.partial
         else:
             shares, totals = tile.cluster, memory.reduced
-            cute.arch.mbarrier_wait(memory.reduced_ready + buffer, (item.index // BUFFERS) & 1)
-        totals = totals + buffer * (shares * config.partial_bytes) + lane.lane * 8
-        statistics = memory.statistics + buffer * STATISTICS_BYTES
-        cute.arch.mbarrier_wait(memory.statistics_full + buffer, (item.index // BUFFERS) & 1)
+            awaited.append(memory.reduced_ready + buffer)
+        wait_all([(barrier, phase) for barrier in awaited])
+        totals = totals + buffer * (shares * config.partial_bytes) + lane.lane * (8 * len(item.octets))
+        statistics = memory.statistics + buffer * config.statistics_bytes
         source_there, zero = None, Float32(0.0)
         if config.num_sources < OCTET:
             source_there = [lane.q * 2 + e < config.num_sources for e in range(2)]
@@ -687,6 +784,12 @@ class Phase1BwdKernel:
         row_scale = []
         if config.scaled:
             row_scale = [masked(load_shared(Float32, statistics + lane.q * 8, SCALES_AT, 2), source_there)]
+        parts = [load_shared(Float32, totals, i * config.partial_bytes, 2 * len(item.octets)) for i in range(shares)]
+        products = [tree(add, list(values)) for values in zip(*parts, strict=True)]
+        octets = tile.item_octets
+        logits = load_shared(Float32, statistics + lane.lane * (8 * octets), LOGITS_AT, 2 * octets)
+        # of every octet, then their gradients
+        lses = load_shared(Float32, statistics + lane.c * (8 * octets), LSE_AT, octets * (1 + config.d_lse))
         ps, gs, value_gs = [], [], []
         pull = [Float32(0.0)] * 2 if item.first else [sums.pull[e] for e in range(2)]
         for i, octet in enumerate(item.octets):
@@ -694,14 +797,9 @@ class Phase1BwdKernel:
             if config.octet_rows(octet) < OCTET:
                 query_there = lane.c < config.octet_rows(octet)
                 there = [query_there if there is None else query_there & there[e] for e in range(2)]
-            at = [i * 256 + share * config.partial_bytes for share in range(shares)]
-            parts = [load_shared(Float32, totals, offset, 2) for offset in at]
-            a = multiply([tree(add, [part[e] for part in parts]) for e in range(2)], *row_scale)
-            logit = masked(load_shared(Float32, statistics + lane.lane * 8, LOGITS_AT + i * 256, 2), there)
-            (lse,) = load_shared(Float32, statistics + lane.c * 4, LSE_AT + i * 32, 1)
-            d_lse = zero
-            if config.d_lse:
-                (d_lse,) = load_shared(Float32, statistics + lane.c * 4, D_LSE_AT + i * 32, 1)
+            a = multiply(products[2 * i : 2 * i + 2], *row_scale)
+            logit = masked(logits[2 * i : 2 * i + 2], there)
+            lse, d_lse = lses[i], lses[octets + i] if config.d_lse else zero
             p = masked([exp_difference(value, lse) for value in logit], there)
             mean = p[0] * a[0] + p[1] * a[1]
             for offset in (1, 2):
@@ -743,11 +841,15 @@ class Phase1BwdKernel:
         of_queries = [terms[:2] for terms in of_sources]
         if config.scaled or config.stochastic:
             of_queries = split(gs, query_count, self.query_dtype)
+
+        def transposed(octets: list[list[Pair]], dtype: type[Numeric]) -> list[Weight]:
+            return [Weight(dtype, [transpose(term) for term in terms]) for terms in octets]
+
         return Weights(
-            p=[Weight(self.dtype, [transpose(term) for term in terms]) for terms in split(ps, count)],
-            g=[Weight(self.query_dtype, [transpose(term) for term in terms]) for terms in of_queries],
+            p=transposed(split(ps, count), self.dtype),
+            g=transposed(of_queries, self.query_dtype),
             pull=Weight(self.dtype, split(diagonal, count)[0]) if item.last else None,
-            of_sources=[list(terms) for terms in zip(*of_sources, strict=True)],
+            of_sources=list(zip(*of_sources, strict=True)) if len(of_sources) == 2 else by_twos(of_sources[0]),
             unscale=unscale,
             value_unscale=value_unscale,
         )
@@ -757,7 +859,7 @@ class Phase1BwdKernel:
         peak = tree(cute.arch.fmax, [cute.arch.fmax(value, -value) for pair in pairs for value in pair])
         return power_of_two_scale(warp_max(cute.arch.fmax(peak, Float32(0.0))))  # NaN has no say
 
-    def mix(self, memory: Memory, work: Work, lane: Lane, item: Item, sums: Sums, scale: Float32, seeds: list) -> None:
+    def mix(self, memory: Memory, work: Work, lane: Lane, item: Item, sums: Sums) -> None:
         """An item's gradients over the warp's columns: adds to du and d_sources.
 
         After a token's last item, d_sources are rounded into the staging buffer.
@@ -778,66 +880,62 @@ class Phase1BwdKernel:
                 first = (term * config.num_queries + octet * OCTET) * tile.row_bytes
                 queries.append((memory.queries + first, config.octet_rows(octet)))
         pairs = self.pairs(outputs, queries)
-        pair_rows = [self.pair_rows(lane, *pair) if len(pair) == 2 else self.rows(lane, *pair[0]) for pair in pairs]
+        factors = [
+            self.pair_rows(lane, octets, transposed=True) if len(octets) == 2 else self.rows(lane, *octets[0])
+            for octets in pairs
+        ]
 
-        def load(step: int) -> list[list[Any]]:
-            """Tiles of the sources, of one or two factors at once, of what is added."""
+        def load(step: int) -> Tiles:
             columns, count = step * STEP * ITEM, len(steps[step])
-            found = [ldmatrix(source_rows, columns, True, count)]
-            for pair, address in zip(pairs, pair_rows, strict=True):
-                if len(pair) == 1:
-                    found.append([(matrix,) for matrix in ldmatrix(address, columns, True, count)])
-                    continue
-                halves = [ldmatrix(address, columns + half * PIECE * ITEM, True) for half in range(count // 2)]
-                found.append([tuple(half[i : i + 2]) for half in halves for i in (0, 2)])
-            return [*found, ldmatrix(addend_rows, columns, False, count)] if adds else found
+            blocks, found = range(count // 2), []
+            sources = ldmatrix(source_rows, columns, True, count)
+            for octets, address in zip(pairs, factors, strict=True):
+                if len(octets) == 1:
+                    matrices = ldmatrix(address, columns, True, count)
+                    found.append([tuple(matrices[2 * i : 2 * i + 2]) for i in blocks])
+                else:
+                    found.append([tuple(ldmatrix(address, columns + i * PIECE * ITEM, True)) for i in blocks])
+            return Tiles(sources, found, ldmatrix(addend_rows, columns, True, count) if adds else [])
 
         steps = self.steps()
-        loaded = load(0) if self.ahead else []
+        loaded = load(0) if self.ahead else None
         rounds = item.last and config.stochastic
-        if rounds:  # before the weights, beside which they are worked out
-            row = lane.c * work.tokens + work.item(item.turn)
-            bits = row_bits(seeds[0], row, D_SOURCES).after(lane.column + lane.q * 2)
-        weights = self.weights(memory, lane, item, sums, scale)
-        operands = self.pairs(weights.p, weights.g * config.query_terms)
+        weights = sums.weights.kept()
+        if rounds:  # there with the statistics
+            rows = memory.statistics + item.index % BUFFERS * config.statistics_bytes + lane.q * 16
+            words = load_shared(Int32, rows, BITS_AT, 4)
+            bits = [RowBits(*words[i : i + 2]).after(lane.column + lane.c) for i in (0, 2)]
         stage_index = item.turn % tile.stages
-        stage = memory.stage + stage_index * config.stage_bytes + lane.offset + lane.c * tile.row_bytes + lane.q * 4
-        if item.last:
-            cute.arch.mbarrier_wait(memory.stored + stage_index, ((item.turn // tile.stages) & 1) ^ 1)
+        stage = memory.stage + stage_index * config.stage_bytes + self.stage_row(lane)
         for step, tiles in enumerate(steps):
-            sources, *rest = loaded if self.ahead else load(step)
+            now = loaded or load(step)
             # Before this step's stores: the compiler cannot tell that they go elsewhere.
-            loaded = load(step + 1) if self.ahead and step + 1 < len(steps) else []
+            loaded = load(step + 1) if self.ahead and step + 1 < len(steps) else None
+            rows = [self.source_terms(matrix) for matrix in now.sources]
+            self.add_products(weights, rows, sums.du, tiles, item)
+            totals = self.d_source_sums(weights, rows, now.factors, item)
+            if item.last and step == 0:  # while the tensor core works
+                cute.arch.mbarrier_wait(memory.stored + stage_index, ((item.turn // tile.stages) & 1) ^ 1)
+            staged = []
             for i, k in enumerate(tiles):
-                source, total = self.source_terms(sources[i]), None
-                self.add_products(weights, source, sums.du, k, item)
-                for term in source if item.last else ():
-                    total = self.pull(weights.pull, term, total)
-                for operand, matrices in zip(operands, rest, strict=False):
-                    total = self.product(operand, matrices[i], total)
-                for operand, matrices in zip(operands, rest, strict=False):
-                    total = self.add_thirds(operand, matrices[i], total)
-                d_source = [total[e] + total[2 + e] for e in range(2)]
+                d_source = totals[i // 2][i % 2 * 2 : i % 2 * 2 + 2]
                 if weights.unscale is not None:
                     d_source = [value * weights.unscale for value in d_source]
                 if not item.first:
                     d_source = [d_source[e] + sums.d_sources[e, k] for e in range(2)]
                 if adds:
-                    d_source = [
-                        value + old for value, old in zip(d_source, unpack(self.dtype, rest[-1][i]), strict=True)
-                    ]
+                    old = unpack(self.dtype, now.addends[i])
+                    d_source = [value + addend for value, addend in zip(d_source, old, strict=True)]
                 if rounds:
-                    packed = stochastic(d_source, self.dtype, bits.after(k * 8))
-                    store_shared(stage, k * 16, packed, lane.c < config.num_sources)
+                    drawn = [of_row.after(k * 8).first for of_row in bits]
+                    staged.append(stochastic_pair(d_source, drawn, self.dtype))
                 elif item.last:
-                    packed = pack(self.dtype, *d_source)
-                    store_shared(stage, k * 16, [packed], lane.c < config.num_sources)
+                    staged.append(pack(self.dtype, *d_source))
                 else:
                     sums.d_sources[0, k], sums.d_sources[1, k] = d_source
+            if item.last:
+                stmatrix(stage, step * STEP * ITEM, staged)
             # Keeps the compiler from hoisting every step's loads and products, which spilled.
-            cute.arch.sync_warp()
-        if item.last:
-            cute.arch.fence_view_async_shared()
             cute.arch.sync_warp()
         with cute.arch.elect_one():
             for index in released:
@@ -845,7 +943,22 @@ class Phase1BwdKernel:
             cute.arch.mbarrier_arrive(memory.statistics_empty + item.index % BUFFERS)
             if item.last:
                 cute.arch.mbarrier_arrive(memory.sources_empty + source_index)
+        if item.last:
+            cute.arch.fence_view_async_shared()
+            cute.arch.sync_warp()
+            with cute.arch.elect_one():
                 cute.arch.mbarrier_arrive(memory.staged + stage_index)
+
+    def stage_row(self, lane: Lane) -> Int32:
+        """Where this lane lets stmatrix begin, in bytes of a stage: row l % 8, 8 columns on for every 8 lanes.
+
+        Rows past the last lie where nobody reads, each beside the other, or they would wait for the same bank.
+        """
+        sources, row_bytes, row = self.config.num_sources, self.tile.row_bytes, lane.lane % OCTET
+        at = row * row_bytes + lane.offset
+        if sources < OCTET:
+            at = select(row < sources, at, sources * row_bytes + row * 16)
+        return at + lane.lane // OCTET * 16
 
     def pairs(self, outputs: list, queries: list) -> list[list]:
         """What belongs to octets of outputs and of queries, by twos that share an mma: those of one dtype."""
@@ -853,32 +966,37 @@ class Phase1BwdKernel:
             outputs, queries = outputs + queries, []
         return [octets[i : i + 2] for octets in (outputs, queries) for i in range(0, len(octets), 2)]
 
-    def product(self, octets: list[Weight], rows: tuple[Pair, ...], total: list[Float32] | None) -> list[Float32]:
-        """Adds one or two octets' weights, high in rows 0 to 7 and low in rows 8 to 15, times their rows."""
-        high, low = zip(*[octet.terms[:2] for octet in octets], strict=True)
-        return self.octet_products(octets[0].dtype, high, low, rows, total)
+    def d_source_sums(self, weights: Weights, rows: list, factors: list, item: Item) -> list[list[Float32]]:
+        """What a step's blocks of 16 columns of the sources' gradients get from an item.
 
-    def add_thirds(self, octets: list[Weight], rows: tuple[Pair, ...], total: list[Float32]) -> list[Float32]:
-        """Third terms, where there are any, in rows 8 to 15: their zeros take fewer registers than sums of their own, which
-        the compiler made for many tiles at once.
+        High terms' products and the others' are two sums, and one mma of every sum comes after the other: each waits for the one
+        before of its own.
         """
-        thirds = [octet.terms[2] for octet in octets if len(octet.terms) > 2]
-        if not thirds:
-            return total
-        return self.octet_products(octets[0].dtype, [Int32(0)] * len(thirds), thirds, rows, total)
+        blocks = range(len(rows) // 2)
+        operands = self.pairs(weights.p, weights.g * self.config.query_terms)
 
-    def pull(self, weight: Weight, rows: Pair, total: list[Float32] | None) -> list[Float32]:
-        """Adds an octet's weights, all of their terms, times its rows."""
-        high, low, *third = weight.terms
-        if not third:
-            return mma_k8(weight.dtype, (high, low), rows, total)
-        return mma(weight.dtype, ((high, low), (third[0], Int32(0))), (rows, rows), total)
+        def products(terms: slice) -> list[tuple]:
+            """(dtype, A of each block, B)"""
+            found = []
+            for term in weights.pull.terms[terms] if item.last else ():
+                for part in range(len(rows[0])):
+                    found.append((self.dtype, [(rows[2 * i][part], rows[2 * i + 1][part]) for i in blocks], (term,)))
+            for octets, of_blocks in zip(operands, factors, strict=True):
+                for b in zip(*[octet.terms[terms] for octet in octets], strict=True):
+                    found.append((octets[0].dtype, of_blocks, b))
+            return found
 
-    def octet_products(self, dtype: type[Numeric], upper, lower, rows, total: list[Float32] | None) -> list[Float32]:
-        """Adds weights, rows 0 to 7 and rows 8 to 15, times one or two octets of rows."""
-        if len(upper) == 1:
-            return mma_k8(dtype, (upper[0], lower[0]), rows[0], total)
-        return mma(dtype, (tuple(upper), tuple(lower)), rows, total)
+        sums: list[list] = [[None for _ in blocks] for _ in range(2)]
+        for pair in itertools.zip_longest(products(slice(1)), products(slice(1, None))):
+            for total, (dtype, a, b) in ((total, found) for total, found in zip(sums, pair, strict=True) if found):
+                total[:] = [self.product(dtype, a[i], b, total[i]) for i in blocks]
+        return [[high + other for high, other in zip(*totals, strict=True)] for totals in zip(*sums, strict=True)]
+
+    def product(self, dtype: type[Numeric], a: tuple[Pair, ...], b: tuple[Pair, ...], total) -> list[Float32]:
+        """Adds 16 columns of one or two octets' rows times one term of their weights."""
+        if len(b) == 1:
+            return mma_k8(dtype, a, b[0], total)
+        return mma(dtype, (a[::2], a[1::2]), b, total)
 
     def source_terms(self, matrix: Pair) -> tuple[Pair, ...]:
         """A tile of sources in the gradients' dtype."""
@@ -886,31 +1004,34 @@ class Phase1BwdKernel:
             return (matrix,)
         return tuple(split_pair(self.dtype, *unpack(Float16, matrix), 2))
 
-    def add_products(
-        self, weights: Weights, source: tuple[Pair, ...], r_du: cute.Tensor, tile: int, item: Item
-    ) -> None:
-        """Adds to du what a tile of sources gives. Two octets share an mma.
+    def add_products(self, weights: Weights, rows: list, r_du: cute.Tensor, tiles: range, item: Item) -> None:
+        """Adds to du what a step's tiles of sources give.
 
         Where fp32 gradients are wanted, products start from zero and are added in fp32 registers: the tensor core's
         own sums are truncated, by 5e-6 over a hundred tokens. (And fp16 products have a scale of their own.)
         """
-        octets = list(item.octets)
-        # An operand of the mma has to be four registers in a row: du of one octet alone would be moved there.
-        apart = self.config.adds_apart or len(octets) < min(self.config.octets, 2)
-        total = None
+        config, alone = self.config, len(item.octets) == 1
+        # Of rows 0 to 7 and rows 8 to 15. (Where du has more octets than one, they would have to be moved beside zeros.)
+        octets = [0, config.du_octets - 1] if alone else item.octets
+        apart = config.adds_apart or (alone and config.octets > 1)
+        totals: list[list[Float32] | None] = [None] * len(rows)
         if not apart:
-            total = [r_du[e, tile, octet] for octet in octets for e in range(2)]
-            total += [Float32(0.0)] * (4 - len(total))
-        for term in weights.of_sources:
-            a = [*term, Int32(0)]
-            for rows in source:
-                total = mma_k8(self.dtype, (a[0], a[1]), rows, total)
-        for k, octet in enumerate(octets):
-            for e in range(2):
-                value = total[2 * k + e]
-                if weights.value_unscale is not None:
-                    value = value * weights.value_unscale
-                r_du[e, tile, octet] = r_du[e, tile, octet] + value if apart else value
+            totals = [[r_du[e, k, octet] for octet in octets for e in range(2)] for k in tiles]
+        for a in weights.of_sources:
+            for part in range(len(rows[0])):
+                totals = [mma_k8(self.dtype, a, row[part], total) for row, total in zip(rows, totals, strict=True)]
+        for k, total in zip(tiles, totals, strict=True):
+            if not apart:
+                for i, octet in enumerate(octets):
+                    r_du[0, k, octet], r_du[1, k, octet] = total[2 * i : 2 * i + 2]
+                continue
+            if alone:
+                total = [total[e] + total[2 + e] for e in range(2)]
+            if weights.value_unscale is not None:
+                total = [value * weights.value_unscale for value in total]
+            for i, octet in enumerate(item.octets):
+                for e in range(2):
+                    r_du[e, k, octet] = r_du[e, k, octet] + total[2 * i + e]
 
     def store_du(self, work: Work, lane: Lane, du: Int64, r_du: cute.Tensor) -> None:
         """This warp's columns of the cluster's du."""
@@ -923,7 +1044,15 @@ class Phase1BwdKernel:
             for k in range(self.warp_columns // 8):
                 inside = there & (lane.column + k * 8 < hidden_size) if self.ragged else there
                 offset = (octet * OCTET * hidden_size + k * 8) * 4
-                store_pair(address, offset, [r_du[0, k, octet], r_du[1, k, octet]], inside)
+                value = [r_du[e, k, octet] for e in range(2)]
+                if config.du_octets > config.octets:
+                    value = [value[e] + r_du[e, k, 1] for e in range(2)]
+                store_pair(address, offset, value, inside)
+
+
+def by_twos(terms: list[Pair]) -> list[tuple[Pair, Pair]]:
+    """One term after the other, and zero beside the last of an odd number."""
+    return list(zip(terms[::2], [*terms[1::2], Int32(0)], strict=False))
 
 
 def masked(numbers: list[Float32], there: list[Boolean] | None) -> list[Float32]:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64, Numeric
+from cutlass import Boolean, Float32, Int32, Int64, Numeric
 from cutlass.cute.nvgpu import cpasync
 from cutlass.memory import SmemAllocator
 from cutlass.pipeline import PipelineState, PipelineUserType, make_pipeline_state
@@ -37,6 +37,19 @@ class NamedBarrier(enum.IntEnum):
     CTA = 0
     START = 1
     GROUP = 2
+
+
+def wait_all(barriers: list[tuple[cute.Pointer, Int32]]) -> None:
+    """Waits for phases of several mbarriers. All are asked before the first is waited for: an answer takes some 25 cycles."""
+    there = [cute.arch.mbarrier_try_wait(*barrier) for barrier in barriers]
+    for found, barrier in zip(there, barriers, strict=True):
+        wait_unless(found, *barrier)
+
+
+@cute.jit
+def wait_unless(there: Boolean, barrier: cute.Pointer, phase: Int32):
+    if not there:
+        cute.arch.mbarrier_wait(barrier, phase)
 
 
 def global_row(dtype: type[Numeric], address: Int64, stride: Int64 | int, row: Int32, elements: int) -> cute.Tensor:

@@ -86,15 +86,26 @@ def add_toward_zero(a: Float32, b: Float32) -> Float32:
 
 
 def stochastic(values: list[Float32], dtype: type[Numeric], bits: RowBits, guard: bool = True) -> list[Pair]:
-    """Neighbouring columns, the first that of `bits`, as neighbours in bf16 or fp16: the one away from zero as likely as the
-    discarded bits say. Without guard, NaN only stays NaN where all bits are zero.
-    """
+    """Neighbouring columns, the first that of `bits`, as pairs of neighbours in bf16 or fp16."""
     drawn, word = [], bits.first
     for x in values:
-        drawn.append(stochastic_bf16(x, word, guard) if dtype is BFloat16 else stochastic_fp16(x, word, guard))
+        drawn.append(neighbour(x, word, dtype, guard))
         word = word + bits.step
-    pairs = zip(drawn[::2], drawn[1::2], strict=True)
-    return [zip_pairs(*pair, 1) if dtype is BFloat16 else pack(dtype, *pair) for pair in pairs]
+    return [neighbours_pair(dtype, *drawn[i : i + 2]) for i in range(0, len(drawn), 2)]
+
+
+def stochastic_pair(values: list[Float32], words: list[Int32], dtype: type[Numeric]) -> Pair:
+    """Two numbers, each with a word whose upper bits are its random ones, as neighbours in bf16 or fp16."""
+    return neighbours_pair(dtype, *[neighbour(x, word, dtype) for x, word in zip(values, words, strict=True)])
+
+
+def neighbour(x: Float32, word: Int32, dtype: type[Numeric], guard: bool = True) -> Int32 | Float32:
+    """The one away from zero as likely as the discarded bits say. Without guard, NaN only stays NaN where all bits are zero."""
+    return stochastic_bf16(x, word, guard) if dtype is BFloat16 else stochastic_fp16(x, word, guard)
+
+
+def neighbours_pair(dtype: type[Numeric], first: Int32 | Float32, second: Int32 | Float32) -> Pair:
+    return zip_pairs(first, second, 1) if dtype is BFloat16 else pack(dtype, first, second)
 
 
 def increased(x: Float32, random: Int32, guard: bool) -> Int32:
