@@ -74,19 +74,19 @@ def _output(*command: str) -> str:
 CONDITIONS = ("device", "driver", "kernel sources", "torch", "triton", "nvidia-cutlass-dsl", "providers")
 
 
-def resumed(path: Path, now: dict[str, Any]) -> Results | None:
-    """The results at `path` to go on with, with this run in their metadata; None where there are none.
+def begun(path: Path, now: dict[str, Any], resume: bool) -> Results:
+    """Results without cases; to resume, those at `path`, where there are any, with this run in their metadata.
 
     Ends the program where their conditions were others.
     """
-    if not path.exists():
-        return None
+    if not (resume and path.exists()):
+        return {"metadata": now, "cases": []}
     data: Results = json.loads(path.read_text())
     other = [name for name in CONDITIONS if data["metadata"].get(name) != now.get(name)]
     if other:
         raise SystemExit(f"{path} was measured with another {', '.join(other)}: start anew, without --resume")
     data.pop("stopped", None)
-    data["metadata"].setdefault("resumed", []).append({"date": now["date"], "clocks": clocks()})
+    data["metadata"].setdefault("resumed", []).append({"date": now["date"], "clocks": now["clocks at start"]})
     return data
 
 

@@ -49,9 +49,7 @@ class Suite:
     ):
         self.device, self.peer_seconds = device, peer_seconds
         self.path, self.rounds, self.console = path, rounds, console
-        metadata = results.metadata(self.device)
-        before = results.resumed(path, metadata) if resume else None
-        self.data: results.Results = before or {"metadata": metadata, "cases": []}
+        self.data = results.begun(path, results.metadata(self.device), resume)
         # of those whose peers were skipped too: they are replaced when they have been measured again
         self.data["cases"] = [case for case in self.data["cases"] if "copy" in case]
         self.data["missing"] = missing(provider.name for provider in providers)

@@ -235,6 +235,7 @@ def fake() -> results.Results:
             "device": "NVIDIA H200",
             "driver": "580",
             "date": "2026-11-24T00:00",
+            "clocks at start": "1980 MHz",
             "providers": {"fla-triton": "0.6.0", "flash-attn-res": ""},
             **versions,
         },
@@ -575,7 +576,7 @@ def test_a_resumed_run_keeps_what_was_timed_until_it_is_complete(
     suite = run.Suite(torch.device("cpu"), [], path, 1, 1.0, Console(), resume=True)
     assert [case["name"] for case in suite.data["cases"]] == [CASES[0].name, CASES[1].name]
     assert "stopped" not in suite.data
-    assert [each["date"] for each in suite.data["metadata"]["resumed"]] == [metadata["date"]]
+    assert suite.data["metadata"]["resumed"] == [{"date": metadata["date"], "clocks": metadata["clocks at start"]}]
     assert results.left(suite.data, CASES[:4]) == list(CASES[1:4])
 
 
