@@ -191,9 +191,8 @@ class Phase1BwdConfig:
 
     @property
     def stage_bytes(self) -> int:
-        """Of a token's rows and, where they are fewer than a matrix has, of a warp's columns for what is beyond them."""
-        beyond = self.tile.columns * ITEM_BYTES + OCTET * 16 if self.num_sources < OCTET else 0
-        return self.num_sources * self.tile.row_bytes + beyond
+        """Of a token's rows and, where they are fewer than a matrix has, of what warps store beyond them."""
+        return self.num_sources * self.tile.row_bytes + self.tile.warps * (OCTET - self.num_sources) * STEP * ITEM_BYTES
 
     @property
     def query_bytes(self) -> int:

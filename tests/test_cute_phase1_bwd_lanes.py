@@ -216,6 +216,10 @@ class Machine:
             pair = self.full(pair).astype(np.uint32)
             rows = np.swapaxes(self.matrix(pair & 0xFFFF, pair >> 16), -1, -2)
             lanes = slice(8 * number, 8 * number + 8)
+            # No two lanes write to one place.
+            assert all(
+                len(np.unique(row)) == row.size for row in index[..., : 8 * len(matrices)].reshape(len(index), -1)
+            )
             for i in range(4):
                 self.shared[ctas[..., lanes], index[..., lanes] + i] = rows[..., 2 * i] | rows[..., 2 * i + 1] << 16
 

@@ -906,7 +906,7 @@ class Phase1BwdKernel:
             words = load_shared(Int32, rows, BITS_AT, 4)
             bits = [RowBits(*words[i : i + 2]).after(lane.column + lane.c) for i in (0, 2)]
         stage_index = item.turn % tile.stages
-        stage = memory.stage + stage_index * config.stage_bytes + self.stage_row(lane)
+        stage = memory.stage + stage_index * config.stage_bytes
         for step, tiles in enumerate(steps):
             now = loaded or load(step)
             # Before this step's stores: the compiler cannot tell that they go elsewhere.
@@ -934,7 +934,7 @@ class Phase1BwdKernel:
                 else:
                     sums.d_sources[0, k], sums.d_sources[1, k] = d_source
             if item.last:
-                stmatrix(stage, step * STEP * ITEM, staged)
+                stmatrix(stage + self.staged_place(lane, step), 0, staged)
             # Keeps the compiler from hoisting every step's loads and products, which spilled.
             cute.arch.sync_warp()
         with cute.arch.elect_one():
@@ -949,16 +949,17 @@ class Phase1BwdKernel:
             with cute.arch.elect_one():
                 cute.arch.mbarrier_arrive(memory.staged + stage_index)
 
-    def stage_row(self, lane: Lane) -> Int32:
-        """Where this lane lets stmatrix begin, in bytes of a stage: row l % 8, 8 columns on for every 8 lanes.
+    def staged_place(self, lane: Lane, step: int) -> Int32:
+        """Where this lane lets stmatrix begin in a step, in bytes of a stage: row l % 8, 8 columns on for every 8 lanes.
 
-        Rows past the last lie where nobody reads, each beside the other, or they would wait for the same bank.
+        Lanes of rows past the last have a place each, behind the rows, that nobody reads.
         """
-        sources, row_bytes, row = self.config.num_sources, self.tile.row_bytes, lane.lane % OCTET
-        at = row * row_bytes + lane.offset
-        if sources < OCTET:
-            at = select(row < sources, at, sources * row_bytes + row * 16)
-        return at + lane.lane // OCTET * 16
+        sources, row, matrix = self.config.num_sources, lane.lane % OCTET, lane.lane // OCTET
+        place = row * self.tile.row_bytes + lane.offset + matrix * 16 + step * STEP * ITEM
+        if sources == OCTET:
+            return place
+        beyond = sources * self.tile.row_bytes + ((lane.warp * (OCTET - sources) + row - sources) * TILES + matrix) * 16
+        return select(row < sources, place, beyond)
 
     def pairs(self, outputs: list, queries: list) -> list[list]:
         """What belongs to octets of outputs and of queries, by twos that share an mma: those of one dtype."""
