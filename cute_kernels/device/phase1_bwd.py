@@ -13,7 +13,8 @@ cluster, then over consumer warps; all walk the same items. Per item, a warp doe
     mix        gradients of outputs, queries and sources, transposed [D-slice x 16], times p, g and the pull [16 x 8], and
                g [16 x 8] times sources [8 x D-slice], which adds to du in registers
 
-in the order products(i + 1), exchange(i + 1), weights(i), mix(i), so that sums have a mix's time to cross the cluster.
+in the order products(i + 1), exchange(i + 1), weights(i), mix(i), so that sums have a mix's time to cross the cluster; where two
+warps share a scheduler, one makes weights(i) before products(i + 1).
 One more warp keeps two rings full, of tokens' sources and of octets' gradients; another stores the sources' gradients
 that consumers stage in shared memory; another keeps a ring of items' statistics full: what the forward saved.
 
@@ -764,7 +765,7 @@ class Phase1BwdKernel:
         """p, g and, at last, the pull; every warp computes them all.
 
         Lane (c, q) holds query c of an octet and sources 2q and 2q + 1: the layout of products and of an operand with
-        queries for rows; transposed, of one with sources for rows.
+        queries for rows; transposed, of a second operand with queries for rows and sources for columns.
         """
         config, tile = self.config, self.tile
         buffer = item.index % BUFFERS
