@@ -456,7 +456,11 @@ class Phase1BwdKernel:
 
     @cute.jit
     def store(self, memory: Memory, work: Work, d_sources: list, d_strides: list):
-        """Staged rows to device memory."""
+        """Staged rows to device memory.
+
+        Bulk copies read what other threads stored, by another proxy: a fence belongs between, in this CTA. Here only this thread
+        waits for it.
+        """
         stages = self.tile.stages
         column, size, _ = self.part(work)
         present = cutlass.Boolean(size > 0)
@@ -464,6 +468,7 @@ class Phase1BwdKernel:
             token = Int64(work.item(turn))
             buffer = turn % stages
             cute.arch.mbarrier_wait(memory.staged + buffer, (turn // stages) & 1)
+            cute.arch.fence_view_async_shared()
             stage = memory.stage + buffer * self.config.stage_bytes
             for n in cutlass.range_constexpr(self.config.num_sources):
                 address = d_sources[n] + (token * d_strides[n] + column) * ITEM
@@ -944,10 +949,6 @@ class Phase1BwdKernel:
             cute.arch.mbarrier_arrive(memory.statistics_empty + item.index % BUFFERS)
             if item.last:
                 cute.arch.mbarrier_arrive(memory.sources_empty + source_index)
-        if item.last:
-            cute.arch.fence_view_async_shared()
-            cute.arch.sync_warp()
-            with cute.arch.elect_one():
                 cute.arch.mbarrier_arrive(memory.staged + stage_index)
 
     def staged_place(self, lane: Lane, step: int) -> Int32:
