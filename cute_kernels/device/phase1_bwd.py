@@ -472,7 +472,7 @@ class Phase1BwdKernel:
             stage = memory.stage + buffer * self.config.stage_bytes
             for n in cutlass.range_constexpr(self.config.num_sources):
                 address = d_sources[n] + (token * d_strides[n] + column) * ITEM
-                bulk_store(address, stage + n * self.tile.row_bytes, size, EVICT_FIRST, present)
+                bulk_store(address, stage + n * self.tile.row_bytes, size, present)
             cute.arch.cp_async_bulk_commit_group()
             cute.arch.cp_async_bulk_wait_group(0, read=True)
             cute.arch.mbarrier_arrive(memory.stored + buffer)
