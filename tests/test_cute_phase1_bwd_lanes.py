@@ -269,6 +269,7 @@ def patched(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(phase1_bwd, "exp_difference", lambda a, b: np.exp(a - b))
         monkeypatch.setattr(phase1_bwd, "power_of_two_scale", power_of_two_scale)
         monkeypatch.setattr(cutlass, "min", np.minimum)
+        monkeypatch.setattr(cutlass, "max", np.maximum)
         for name in ("sync_warp", "barrier", "mbarrier_wait", "mbarrier_arrive", "fence_view_async_shared"):
             monkeypatch.setattr(cute.arch, name, lambda *_, **__: None)
         monkeypatch.setattr(cute.arch, "elect_one", contextlib.nullcontext)
@@ -466,7 +467,7 @@ def test_gradients_of_a_few_tokens(patched, hidden_size: int, sources: int, quer
         item = kernel.item(I32(turn), number)
         weights = kernel.weights(memory, lane, item, sums, np.float32(scale))
         sums.weights.kept = lambda: weights
-        kernel.mix(memory, work, lane, item, sums)
+        kernel.mix(memory, work, lane, item, kernel.first_tiles(memory, lane, item), sums)
         if number == config.items - 1:
             first = (int(memory.stage) + turn % tile.stages * config.stage_bytes) // 4
             written = machine.shared[:, first : first + sources * words].reshape(tile.cluster, sources, words)

@@ -650,33 +650,36 @@ class Phase1BwdKernel:
             if const_expr(self.staggered) and (turn > 0) & early:
                 self.make_weights(memory, lane, last, sums, scale)
             if turn < work.items:
-                item = self.item(turn, 0)
-                self.products(memory, lane, item)
-                self.exchange(memory, work, lane, item)
+                self.products(memory, lane, self.item(turn, 0))
+            # In the first turn, of whatever is in the first slots, which are full by now.
+            of_last = self.first_tiles(memory, lane, last)
+            if turn < work.items:
+                self.exchange(memory, work, lane, self.item(turn, 0))
             if (turn > 0) & late:
                 self.make_weights(memory, lane, last, sums, scale)
             if turn > 0:
-                self.mix(memory, work, lane, last, sums)
+                self.mix(memory, work, lane, last, of_last, sums)
             if turn < work.items:
                 for number in cutlass.range_constexpr(1, items):
                     item, before = self.item(turn, number), self.item(turn, number - 1)
                     if const_expr(self.staggered) and early:
                         self.make_weights(memory, lane, before, sums, scale)
                     self.products(memory, lane, item)
+                    of_before = self.first_tiles(memory, lane, before)
                     self.exchange(memory, work, lane, item)
                     if late:
                         self.make_weights(memory, lane, before, sums, scale)
-                    self.mix(memory, work, lane, before, sums)
+                    self.mix(memory, work, lane, before, of_before, sums)
         self.store_du(work, lane, du, sums.du)
 
     def source_slot(self, memory: Memory, turn: Int32) -> tuple[Int32, Int32, Int32]:
-        """(index, parity of its full barrier, address)."""
-        slots = self.tile.source_slots
+        """(index, parity of its full barrier, address). Before the first turn, the first slot: see consume."""
+        slots, turn = self.tile.source_slots, cutlass.max(turn, 0)
         index = turn % slots
         return index, (turn // slots) & 1, memory.sources + index * self.config.source_slot_bytes
 
     def output_slot(self, memory: Memory, turn: Int32, octet: int) -> tuple[Int32, Int32, Int32]:
-        position, slots = turn * self.config.octets + octet, self.tile.output_slots
+        position, slots = cutlass.max(turn * self.config.octets + octet, 0), self.tile.output_slots
         index = position % slots
         return index, (position // slots) & 1, memory.outputs + index * self.config.output_slot_bytes
 
@@ -865,22 +868,17 @@ class Phase1BwdKernel:
         peak = tree(cute.arch.fmax, [cute.arch.fmax(value, -value) for pair in pairs for value in pair])
         return power_of_two_scale(warp_max(cute.arch.fmax(peak, Float32(0.0))))  # NaN has no say
 
-    def mix(self, memory: Memory, work: Work, lane: Lane, item: Item, sums: Sums) -> None:
-        """An item's gradients over the warp's columns: adds to du and d_sources.
-
-        After a token's last item, d_sources are rounded into the staging buffer.
-        """
+    def loader(self, memory: Memory, lane: Lane, item: Item) -> Callable[[int], Tiles]:
+        """Of a mix, step by step."""
         config, tile = self.config, self.tile
-        source_index, _, source_slot = self.source_slot(memory, item.turn)
+        _, _, source_slot = self.source_slot(memory, item.turn)
         source_rows = self.rows(lane, source_slot, config.num_sources)
         addend_rows = self.rows(lane, source_slot + config.num_sources * tile.row_bytes, config.num_sources)
-        adds = item.last and config.accumulate
         # (address, rows) of what p and g are multiplied with, an octet of rows each
-        outputs, queries, released = [], [], []
+        outputs, queries = [], []
         for octet in item.octets:
-            index, _, slot = self.output_slot(memory, item.turn, octet)
+            _, _, slot = self.output_slot(memory, item.turn, octet)
             outputs.append((slot, config.octet_rows(octet)))
-            released.append(index)
         for term in range(config.query_terms):
             for octet in item.octets:
                 first = (term * config.num_queries + octet * OCTET) * tile.row_bytes
@@ -892,7 +890,7 @@ class Phase1BwdKernel:
         ]
 
         def load(step: int) -> Tiles:
-            columns, count = step * STEP * ITEM, len(steps[step])
+            columns, count = step * STEP * ITEM, len(self.steps()[step])
             blocks, found = range(count // 2), []
             sources = ldmatrix(source_rows, columns, True, count)
             for octets, address in zip(pairs, factors, strict=True):
@@ -901,10 +899,22 @@ class Phase1BwdKernel:
                     found.append([tuple(matrices[2 * i : 2 * i + 2]) for i in blocks])
                 else:
                     found.append([tuple(ldmatrix(address, columns + i * PIECE * ITEM, True)) for i in blocks])
+            adds = item.last and config.accumulate
             return Tiles(sources, found, ldmatrix(addend_rows, columns, True, count) if adds else [])
 
-        steps = self.steps()
-        loaded = load(0) if self.ahead else None
+        return load
+
+    def first_tiles(self, memory: Memory, lane: Lane, item: Item) -> Tiles:
+        """Those of a mix, asked for while the warps' sums are made common."""
+        return self.loader(memory, lane, item)(0)
+
+    def mix(self, memory: Memory, work: Work, lane: Lane, item: Item, loaded: Tiles | None, sums: Sums) -> None:
+        """An item's gradients over the warp's columns: adds to du and d_sources.
+
+        After a token's last item, d_sources are rounded into the staging buffer.
+        """
+        config, tile = self.config, self.tile
+        steps, load = self.steps(), self.loader(memory, lane, item)
         rounds = item.last and config.stochastic
         weights = sums.weights.kept()
         if rounds:  # there with the statistics
@@ -929,7 +939,7 @@ class Phase1BwdKernel:
                     d_source = [value * weights.unscale for value in d_source]
                 if not item.first:
                     d_source = [d_source[e] + sums.d_sources[e, k] for e in range(2)]
-                if adds:
+                if now.addends:
                     old = unpack(self.dtype, now.addends[i])
                     d_source = [value + addend for value, addend in zip(d_source, old, strict=True)]
                 if rounds:
@@ -944,11 +954,11 @@ class Phase1BwdKernel:
             # Keeps the compiler from hoisting every step's loads and products, which spilled.
             cute.arch.sync_warp()
         with cute.arch.elect_one():
-            for index in released:
-                cute.arch.mbarrier_arrive(memory.outputs_empty + index)
+            for octet in item.octets:
+                cute.arch.mbarrier_arrive(memory.outputs_empty + self.output_slot(memory, item.turn, octet)[0])
             cute.arch.mbarrier_arrive(memory.statistics_empty + item.index % BUFFERS)
             if item.last:
-                cute.arch.mbarrier_arrive(memory.sources_empty + source_index)
+                cute.arch.mbarrier_arrive(memory.sources_empty + self.source_slot(memory, item.turn)[0])
                 cute.arch.mbarrier_arrive(memory.staged + stage_index)
 
     def staged_place(self, lane: Lane, step: int) -> Int32:
