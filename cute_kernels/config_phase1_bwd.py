@@ -147,13 +147,13 @@ class Phase1BwdConfig:
 
     @property
     def weight_registers(self) -> int:
-        """Of an item's weights, those of du by twos, and of what undoes their powers of two."""
+        """Of an item's weights, those of du by twos, of two sources' pulls and of what undoes the weights' powers of two."""
         p, g, of_sources = (
             self.mix_terms(self.dtype),
             self.mix_terms(self.query_dtype),
             ceil_div(self.weight_terms, 2) * 2,
         )
-        return min(self.octets, self.tile.item_octets) * (p + g + of_sources) + p + 2
+        return min(self.octets, self.tile.item_octets) * (p + g + of_sources) + 4
 
     @property
     def adds_apart(self) -> bool:

@@ -9,8 +9,8 @@ cluster, then over consumer warps; all walk the same items. Per item, a warp doe
 
     products   gradients of outputs [16 x D-slice] times sources^T [D-slice x 8]
     exchange   sums of these over all warps and CTAs: each warp adds up one share and sends it to every CTA
-    weights    in every warp, from the sums: p, g and the pull become mma operands in place
-    mix        gradients of outputs, queries and sources, transposed [D-slice x 16], times p, g and the pull [16 x 8], and
+    weights    in every warp, from the sums: p and g become mma operands in place; the pull, a factor of each source
+    mix        gradients of outputs and queries, transposed [D-slice x 16], times p and g [16 x 8]; sources times the pull; and
                g [16 x 8] times sources [8 x D-slice], which adds to du in registers
 
 in the order products(i + 1), exchange(i + 1), weights(i), mix(i), so that sums have a mix's time to cross the cluster; where two
@@ -167,8 +167,9 @@ class Weights(NamedTuple):
 
     p: list[Weight]
     g: list[Weight]
-    # on its terms' diagonals, rows are sources: of a token's last item
-    pull: Weight | None
+    # of sources 2q and 2q + 1, in a token's last item: by fp32 arithmetic, since an mma of its diagonal takes the tensor core as
+    # long as one of eight queries
+    pull: list[Float32] | None
     # g whose rows are queries, multiplied with sources for du: rows 0 to 7 and rows 8 to 15 are two octets', term by term, or
     # one's terms by twos
     of_sources: list[tuple[Pair, Pair]]
@@ -185,7 +186,7 @@ class Weights(NamedTuple):
         return Weights(
             p=[weight(of) for of in self.p],
             g=[weight(of) for of in self.g],
-            pull=None if self.pull is None else weight(self.pull),
+            pull=None if self.pull is None else [change(value) for value in self.pull],
             of_sources=[(change(upper), change(lower)) for upper, lower in self.of_sources],
             unscale=None if self.unscale is None else change(self.unscale),
             value_unscale=None if self.value_unscale is None else change(self.value_unscale),
@@ -818,14 +819,12 @@ class Phase1BwdKernel:
             ps.append(p)
             gs.append([scale * rstd[e] * h[e] for e in range(2)])
             value_gs.append(multiply(gs[-1], *row_scale))
-        diagonal = []
         if item.last:
             for offset in (4, 8, 16):
                 pull = [value + cute.arch.shuffle_sync_bfly(value, offset=offset) for value in pull]
             # Not rstd^2: fp32 has no square of a large row's.
             factors = multiply([r * Float32(1.0 / config.hidden_size) for r in rstd], *row_scale)
             pull = [zero - factors[e] * (rstd[e] * pull[e]) for e in range(2)]
-            diagonal = [[select(lane.c == lane.q * 2 + e, pull[e], zero) for e in range(2)]]
         else:
             sums.pull[0], sums.pull[1] = pull
         if config.scales_queries:
@@ -834,8 +833,8 @@ class Phase1BwdKernel:
                 gs[i] = [query_unscale * value for value in gs[i]]
         unscale = value_unscale = None
         if Float16 in (self.dtype, self.query_dtype):
-            power, unscale = self.scale_of([*ps, *gs, *diagonal])
-            ps, gs, diagonal = ([[power * value for value in pair] for pair in pairs] for pairs in (ps, gs, diagonal))
+            power, unscale = self.scale_of([*ps, *gs])
+            ps, gs = ([[power * value for value in pair] for pair in pairs] for pairs in (ps, gs))
         if self.dtype is Float16:
             # Where sources are scaled, what makes du may be of another magnitude.
             apart = config.scaled or config.scales_queries
@@ -857,7 +856,7 @@ class Phase1BwdKernel:
         return Weights(
             p=transposed(split(ps, count), self.dtype),
             g=transposed(of_queries, self.query_dtype),
-            pull=Weight(self.dtype, split(diagonal, count)[0]) if item.last else None,
+            pull=pull if item.last else None,
             of_sources=list(zip(*of_sources, strict=True)) if len(of_sources) == 2 else by_twos(of_sources[0]),
             unscale=unscale,
             value_unscale=value_unscale,
@@ -929,7 +928,7 @@ class Phase1BwdKernel:
             loaded = load(step + 1) if self.ahead and step + 1 < len(steps) else None
             rows = [self.source_terms(matrix) for matrix in now.sources]
             self.add_products(weights, rows, sums.du, tiles, item)
-            totals = self.d_source_sums(weights, rows, now.factors, item)
+            totals = self.d_source_sums(weights, now.factors)
             if item.last and step == 0:  # while the tensor core works
                 cute.arch.mbarrier_wait(memory.stored + stage_index, ((item.turn // tile.stages) & 1) ^ 1)
             staged = []
@@ -939,6 +938,9 @@ class Phase1BwdKernel:
                     d_source = [value * weights.unscale for value in d_source]
                 if not item.first:
                     d_source = [d_source[e] + sums.d_sources[e, k] for e in range(2)]
+                if item.last:
+                    values = unpack(Float16 if config.scaled else self.dtype, now.sources[i])
+                    d_source = [d_source[e] + weights.pull[e] * values[e] for e in range(2)]
                 if now.addends:
                     old = unpack(self.dtype, now.addends[i])
                     d_source = [value + addend for value, addend in zip(d_source, old, strict=True)]
@@ -979,21 +981,18 @@ class Phase1BwdKernel:
             outputs, queries = outputs + queries, []
         return [octets[i : i + 2] for octets in (outputs, queries) for i in range(0, len(octets), 2)]
 
-    def d_source_sums(self, weights: Weights, rows: list, factors: list, item: Item) -> list[list[Float32]]:
-        """What a step's blocks of 16 columns of the sources' gradients get from an item.
+    def d_source_sums(self, weights: Weights, factors: list) -> list[list[Float32]]:
+        """What a step's blocks of 16 columns of the sources' gradients get from an item's p and g.
 
         High terms' products and the others' are two sums, and one mma of every sum comes after the other: each waits for the one
         before of its own.
         """
-        blocks = range(len(rows) // 2)
+        blocks = range(len(factors[0]))
         operands = self.pairs(weights.p, weights.g * self.config.query_terms)
 
         def products(terms: slice) -> list[tuple]:
             """(dtype, A of each block, B)"""
             found = []
-            for term in weights.pull.terms[terms] if item.last else ():
-                for part in range(len(rows[0])):
-                    found.append((self.dtype, [(rows[2 * i][part], rows[2 * i + 1][part]) for i in blocks], (term,)))
             for octets, of_blocks in zip(operands, factors, strict=True):
                 for b in zip(*[octet.terms[terms] for octet in octets], strict=True):
                     found.append((octets[0].dtype, of_blocks, b))
