@@ -22,10 +22,10 @@ MAX_QUERIES = 32
 STEP = 32  # columns that one ldmatrix covers
 PIECE = 16  # a warp's columns are a multiple of it
 MAX_WARPS = 8
-OTHER_WARPS = 4  # a warpgroup: loads, stores, loads of what is added to, statistics
-# Of a loading warp and of a consumer, after setmaxnreg
-OTHER_REGISTERS = 40
-CONSUMER_REGISTERS = 232
+OTHER_WARPS = 4  # a warpgroup: loads, stores, loads of what is added to, weights
+# Of a consumer and of another warp, after setmaxnreg: what eight of those and four of these leave each other. More for consumers
+# that gradients fill.
+REGISTERS, FILLED_REGISTERS = (208, 88), (216, 72)
 # Of a consumer, for gradients, and columns of one warp: more spilled. Fewer where du is added apart from the tensor core;
 # those shapes that fit no other way spill a little (S = 24 at D = 7168, fp32 queries: 40 bytes).
 GRADIENT_REGISTERS = 112
@@ -38,10 +38,10 @@ MAX_SLOTS = 4  # of tokens
 SCRATCH_BYTES = 128  # alignment of the allocation
 
 # Of an item, up to two octets of a token's queries; fp32, what a lane reads at once side by side: logits [8 queries, 4, octets,
-# 2 sources], lse and its gradients [8 queries, 2, octets], of the sources rstd [8] and scales of scaled fp16 [8]; and, for
-# stochastic rounding, what random bits of their gradients are made of [8, 2]
-LOGITS_AT, LSE_AT, RSTD_AT, SCALES_AT, BITS_AT = 0, 512, 640, 672, 704
-BUFFERS = 4  # of them; device/phase1_bwd.py says why
+# 2 sources], lse and its gradients [8 queries, 2, octets], of the sources rstd [8] and scales of scaled fp16 [8]
+LOGITS_AT, LSE_AT, RSTD_AT, SCALES_AT, STATISTICS_BYTES = 0, 512, 640, 672, 704
+STATISTICS_BUFFERS = 4
+BUFFERS = 2  # of partial sums, totals and weights; device/phase1_bwd.py says why
 
 
 class Statistics(NamedTuple):
@@ -146,14 +146,29 @@ class Phase1BwdConfig:
         return 3 if self.dtype == "bf16" and "fp32" in (self.query, self.key_weight) else 2
 
     @property
-    def weight_registers(self) -> int:
-        """Of an item's weights, those of du by twos, of two sources' pulls and of what undoes the weights' powers of two."""
-        p, g, of_sources = (
-            self.mix_terms(self.dtype),
-            self.mix_terms(self.query_dtype),
-            ceil_div(self.weight_terms, 2) * 2,
-        )
-        return min(self.octets, self.tile.item_octets) * (p + g + of_sources) + 4
+    def scales_weights(self) -> bool:
+        """Whether weights are times a power of two: those of fp16."""
+        return "fp16" in (self.dtype, self.query_dtype)
+
+    @property
+    def weight_numbers(self) -> int:
+        """fp32 numbers that a lane takes of an item's weights: two sources' pulls and what undoes powers of two."""
+        return 4 if self.scales_weights else 2
+
+    def weight_words(self, octets: int) -> int:
+        """Pairs that a lane takes of an item's weights as mma operands: p, g and, for du, g again by twos."""
+        terms = self.mix_terms(self.dtype) + self.mix_terms(self.query_dtype)
+        return octets * terms + ceil_div(octets * self.weight_terms, 2) * 2
+
+    @property
+    def weight_vectors(self) -> int:
+        """16-byte vectors that a lane takes of an item's weights: its numbers, its pairs."""
+        return 1 + ceil_div(self.weight_words(min(self.octets, self.tile.item_octets)), 4)
+
+    @property
+    def weight_bytes(self) -> int:
+        """An item's weights; behind them, for stochastic rounding, what random bits of the gradients are made of, [8, 2]."""
+        return self.weight_vectors * LANES * 16 + (OCTET * 8 if self.stochastic else 0)
 
     @property
     def adds_apart(self) -> bool:
@@ -213,20 +228,10 @@ class Phase1BwdConfig:
         return min(self.octets, self.tile.item_octets) * 256
 
     @property
-    def partial_buffers(self) -> int:
-        return BUFFERS if self.tile.cluster == 1 else 2
-
-    @property
-    def statistics_bytes(self) -> int:
-        return BITS_AT + (OCTET * 8 if self.stochastic else 0)
-
-    @property
     def exchange_bytes(self) -> int:
-        """Statistics, each warp's sums and, over a cluster, each CTA's."""
-        shares = self.partial_buffers * self.tile.warps
-        if self.tile.cluster > 1:
-            shares += BUFFERS * self.tile.cluster
-        return BUFFERS * self.statistics_bytes + shares * self.partial_bytes
+        """Statistics, each warp's sums, over a cluster each CTA's, and weights."""
+        shares = self.tile.warps + (self.tile.cluster if self.tile.cluster > 1 else 0)
+        return STATISTICS_BUFFERS * STATISTICS_BYTES + BUFFERS * (shares * self.partial_bytes + self.weight_bytes)
 
     @property
     def shared_bytes(self) -> int:
@@ -239,6 +244,16 @@ class Phase1BwdConfig:
     def gradient_registers(self) -> int:
         """Of a consumer: for du and, where they are added up over items, the sources' gradients."""
         return (self.octets + (self.items > 1)) * self.tile.columns // 4
+
+    @property
+    def loads_ahead(self) -> bool:
+        """Whether a mix loads rows one step ahead: not where gradients fill the registers."""
+        return self.gradient_registers <= (APART_AHEAD_REGISTERS if self.adds_apart else AHEAD_REGISTERS)
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Of a consumer and of another warp."""
+        return REGISTERS if self.loads_ahead else FILLED_REGISTERS
 
     @property
     def threads(self) -> int:

@@ -270,14 +270,13 @@ def patched(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(phase1_bwd, "power_of_two_scale", power_of_two_scale)
         monkeypatch.setattr(cutlass, "min", np.minimum)
         monkeypatch.setattr(cutlass, "max", np.maximum)
-        for name in ("sync_warp", "barrier", "mbarrier_wait", "mbarrier_arrive", "fence_view_async_shared"):
+        for name in ("sync_warp", "barrier", "mbarrier_wait", "mbarrier_arrive", "mbarrier_arrive_and_expect_tx"):
             monkeypatch.setattr(cute.arch, name, lambda *_, **__: None)
         monkeypatch.setattr(cute.arch, "elect_one", contextlib.nullcontext)
         monkeypatch.setattr(cute.arch, "fmax", np.maximum)
         monkeypatch.setattr(cute.arch, "shuffle_sync_bfly", lambda value, offset: value[..., LANES ^ offset])
         monkeypatch.setattr(cute, "recast_ptr", lambda *_, **__: Pointer())
         monkeypatch.setattr(phase1_bwd, "wait_all", lambda _: None)
-        monkeypatch.setattr(phase1_bwd.Phase1BwdKernel, "announce_totals", lambda *_: None)
         return phase1_bwd
 
     return patch
@@ -419,7 +418,7 @@ def test_gradients_of_a_few_tokens(patched, hidden_size: int, sources: int, quer
     rank = np.arange(tile.cluster)[:, None, None]
     work = device.Work(rank, I32(0), I32(1), I32(tokens), I32(tokens))
     lane = kernel.place(work, np.arange(tile.warps)[None, :, None], LANES[None, None, :])
-    sums = device.Sums(Registers(), Registers(), Registers(), types.SimpleNamespace())
+    sums, pulls = device.Sums(Registers(), Registers()), []
     for octet in range(config.du_octets):
         for k in range(tile.columns // 8):
             sums.du[0, k, octet] = sums.du[1, k, octet] = machine.full(np.float32(0.0))
@@ -455,19 +454,21 @@ def test_gradients_of_a_few_tokens(patched, hidden_size: int, sources: int, quer
             octet_rows = d_out[octet * 8 : octet * 8 + config.octet_rows(octet), turn]
             fill(slot, 0, rows_of(octet_rows, machine, config))
         kernel.products(memory, lane, item)
-        kernel.exchange(memory, work, lane, item)
-        # Every warp does what one warp of the kernel does.
+        # From here on every warp does what one warp of the kernel does.
         kernel.copy_statistics(memory, work, lane.lane, statistics, item.index)
-        if config.stochastic:
-            kernel.store_bits(memory, work, lane.lane, seed, item.index)
+        if tile.cluster > 1:
+            kernel.exchange(memory, work, lane, item)
+        if item.last and config.stochastic:
+            kernel.store_bits(memory, work, lane.lane, seed, item)
+        pulls.append([np.float32(0.0)] * 2 if item.first else pulls[-1])
+        weights, pulls[-1] = kernel.weights(memory, lane, item, pulls[-1], np.float32(scale))
+        kernel.store_weights(memory, lane, item, weights)
 
     drawn = np.full(found.shape, np.nan, np.float32)
 
     def end(turn: int, number: int) -> None:
         item = kernel.item(I32(turn), number)
-        weights = kernel.weights(memory, lane, item, sums, np.float32(scale))
-        sums.weights.kept = lambda: weights
-        kernel.mix(memory, work, lane, item, kernel.first_tiles(memory, lane, item), sums)
+        kernel.mix(memory, lane, item, sums)
         if number == config.items - 1:
             first = (int(memory.stage) + turn % tile.stages * config.stage_bytes) // 4
             written = machine.shared[:, first : first + sources * words].reshape(tile.cluster, sources, words)

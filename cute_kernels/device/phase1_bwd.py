@@ -5,18 +5,20 @@
 
 An *item* is up to 16 queries of one token, one or two *octets* of an mma; gradients of different queries meet only in
 d_v, whose sums stay in registers from a token's first item to its last. The hidden dimension is split over the CTAs of a
-cluster, then over consumer warps; all walk the same items. Per item, a warp does
+cluster, then over consumer warps; all walk the same items. Per item, a consumer warp does
 
     products   gradients of outputs [16 x D-slice] times sources^T [D-slice x 8]
-    exchange   sums of these over all warps and CTAs: each warp adds up one share and sends it to every CTA
-    weights    in every warp, from the sums: p and g become mma operands in place; the pull, a factor of each source
     mix        gradients of outputs and queries, transposed [D-slice x 16], times p and g [16 x 8]; sources times the pull; and
                g [16 x 8] times sources [8 x D-slice], which adds to du in registers
 
-in the order products(i + 1), exchange(i + 1), weights(i), mix(i), so that sums have a mix's time to cross the cluster; where two
-warps share a scheduler, one makes weights(i) before products(i + 1).
-One more warp keeps two rings full, of tokens' sources and of octets' gradients; another stores the sources' gradients
-that consumers stage in shared memory; another keeps a ring of items' statistics full: what the forward saved.
+and one more warp of every CTA
+
+    exchange   sums of the products over its CTA's warps, sent to every CTA of the cluster
+    weights    from the sums of all CTAs: p and g as mma operands, and the pull, a factor of each source, for the consumers
+
+Consumers go in the order products(i + 1), mix(i), so that the weights of an item have a mix's and the next products' time, and wait
+for nobody else, each other included. One more warp keeps two rings full, of tokens' sources and of octets' gradients; another
+stores the sources' gradients that consumers stage in shared memory.
 
 Rows are read from device memory once. Deterministic: every sum has a fixed order.
 
@@ -28,8 +30,7 @@ that the gradients' dtype cannot hold are two fp16 terms, times a power of two.
 """
 
 import itertools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import cuda.bindings.driver as cuda
 import cutlass
@@ -40,18 +41,15 @@ from cutlass.memory import SmemAllocator
 from cute_kernels.config import ITEM_BYTES, LANES, VECTOR
 from cute_kernels.config_phase1 import OCTET, ceil_div
 from cute_kernels.config_phase1_bwd import (
-    AHEAD_REGISTERS,
-    APART_AHEAD_REGISTERS,
-    BITS_AT,
     BUFFERS,
-    CONSUMER_REGISTERS,
     LOGITS_AT,
     LSE_AT,
-    OTHER_REGISTERS,
     PIECE,
     RSTD_AT,
     SCALES_AT,
     SCRATCH_BYTES,
+    STATISTICS_BUFFERS,
+    STATISTICS_BYTES,
     STEP,
     Phase1BwdConfig,
     Statistics,
@@ -88,7 +86,7 @@ from cute_kernels.device.rows import add, exp_difference, tree, warp_max
 ITEM = ITEM_BYTES
 TILES = STEP // 8  # mma tiles of columns that one ldmatrix covers
 CONSUMERS = 1  # their named barrier
-SCHEDULERS = 4  # of an SM: warp w is on scheduler w % 4
+STATISTICS_AHEAD = STATISTICS_BUFFERS - 1  # items whose statistics are being copied
 
 
 class Memory:
@@ -110,13 +108,15 @@ class Memory:
         # [octets * 8], fp32
         query_scales_at = stage_at + tile.stages * config.stage_bytes
         self.query_scales = self.sources + query_scales_at
-        # [BUFFERS, statistics_bytes]
+        # [STATISTICS_BUFFERS, STATISTICS_BYTES]
         statistics_at = query_scales_at + config.query_scale_bytes
         self.statistics = self.sources + statistics_at
-        # [partial_buffers, warps, partial_bytes]
-        self.partial = self.statistics + BUFFERS * config.statistics_bytes
-        # [BUFFERS, CTAs of the cluster, partial_bytes]
-        self.reduced = self.partial + config.partial_buffers * tile.warps * config.partial_bytes
+        # [BUFFERS, warps, partial_bytes]
+        self.partial = self.statistics + STATISTICS_BUFFERS * STATISTICS_BYTES
+        # [BUFFERS, weight_bytes]
+        self.weights = self.partial + BUFFERS * tile.warps * config.partial_bytes
+        # [BUFFERS, CTAs of the cluster, partial_bytes], over a cluster
+        self.reduced = self.weights + BUFFERS * config.weight_bytes
         barriers = cute.recast_ptr(base + (statistics_at + config.exchange_bytes), dtype=Int64)
         # [slots]: the slot's bytes have landed; every warp is done with it
         self.sources_full, self.sources_empty = barriers, barriers + tile.source_slots
@@ -125,12 +125,10 @@ class Memory:
         # [stages]: every warp has written its columns; the stores have read them
         self.staged = self.outputs_empty + tile.output_slots
         self.stored = self.staged + tile.stages
-        # [BUFFERS]: every share of the totals is there
-        self.reduced_ready = self.stored + tile.stages
-        self.reduced_ready_address = Int32(self.reduced_ready.toint())
-        # [BUFFERS]: an item's statistics are there; every warp has made its weights of them
-        self.statistics_full = self.reduced_ready + BUFFERS
-        self.statistics_empty = self.statistics_full + BUFFERS
+        # [BUFFERS]: every warp's partial sums are there; every CTA's totals; the weights
+        self.partial_ready = self.stored + tile.stages
+        self.reduced_ready = self.partial_ready + BUFFERS
+        self.weights_ready = self.reduced_ready + BUFFERS
 
 
 class Lane(NamedTuple):
@@ -177,21 +175,6 @@ class Weights(NamedTuple):
     unscale: Float32 | None
     value_unscale: Float32 | None
 
-    def replaced(self, change: Callable[[Any], Any]) -> "Weights":
-        """With another register in place of each."""
-
-        def weight(of: Weight) -> Weight:
-            return Weight(of.dtype, [change(term) for term in of.terms])
-
-        return Weights(
-            p=[weight(of) for of in self.p],
-            g=[weight(of) for of in self.g],
-            pull=None if self.pull is None else [change(value) for value in self.pull],
-            of_sources=[(change(upper), change(lower)) for upper, lower in self.of_sources],
-            unscale=None if self.unscale is None else change(self.unscale),
-            value_unscale=None if self.value_unscale is None else change(self.value_unscale),
-        )
-
 
 class Tiles(NamedTuple):
     """A step's operands of a mix, from shared memory: blocks are of 16 columns, two tiles."""
@@ -201,42 +184,13 @@ class Tiles(NamedTuple):
     addends: list[Pair]  # of tiles: old gradients of the sources, where they are added to
 
 
-class WeightRegisters:
-    """Where an item's weights lie between two parts of the code: what a branch makes, the DSL keeps in tensors alone."""
-
-    def __init__(self, count: int):
-        self.words = cute.make_rmem_tensor((count,), Int32)
-
-    def keep(self, weights: Weights) -> None:
-        places = iter(range(cute.size(self.words)))
-
-        def keep(word: Any) -> Any:
-            self.words[next(places)] = word.bitcast(Int32) if isinstance(word, Float32) else word
-            return word
-
-        self.last = weights.replaced(keep)
-
-    def kept(self) -> Weights:
-        places = iter(range(cute.size(self.words)))
-
-        def kept(word: Any) -> Any:
-            found = self.words[next(places)]
-            return found.bitcast(Float32) if isinstance(word, Float32) else found
-
-        return self.last.replaced(kept)
-
-
 class Sums(NamedTuple):
-    """What a consumer thread adds up, in fp32 registers, and what it adds up with."""
+    """What a consumer thread adds up, in fp32 registers."""
 
     # (2, tiles, octets), of one octet high and low weights' sums: query c, columns 2q and 2q + 1 of a tile, over all tokens
     du: cute.Tensor
     # (2, tiles): sources 2q and 2q + 1, column c of a tile, over the items of a token
     d_sources: cute.Tensor
-    # (2,): this lane's part for sources 2q and 2q + 1, over the items of a token
-    pull: cute.Tensor
-    # of the next mix
-    weights: WeightRegisters
 
 
 class Phase1BwdKernel:
@@ -246,10 +200,6 @@ class Phase1BwdKernel:
         self.warp_columns = config.tile.columns
         self.ragged = config.ragged
         self.mixed = config.scaled and self.dtype is not Float16
-        # Whether warps share a scheduler
-        self.staggered = config.tile.warps > SCHEDULERS
-        # Whether a mix loads one step ahead: not where gradients fill the registers
-        self.ahead = config.gradient_registers <= (APART_AHEAD_REGISTERS if config.adds_apart else AHEAD_REGISTERS)
 
     @cute.jit
     def __call__(
@@ -324,10 +274,10 @@ class Phase1BwdKernel:
         cute.arch.mbarrier_init_fence()
         sync_cluster(tile.cluster)
 
-        first = tile.consumer_warps
+        first, (consumer_registers, other_registers) = tile.consumer_warps, self.config.registers
         if warp >= first:
             if const_expr(tile.moves_registers):
-                cute.arch.setmaxregister_decrease(OTHER_REGISTERS)
+                cute.arch.setmaxregister_decrease(other_registers)
             if warp == first:
                 with cute.arch.elect_one():
                     self.load(memory, cluster_work(tile.cluster, tokens), d_out, sources, strides)
@@ -341,15 +291,15 @@ class Phase1BwdKernel:
                     self.load_addends(memory, cluster_work(tile.cluster, tokens), d_sources, d_strides)
                 cute.arch.sync_warp()
             if warp == first + 3:
-                self.fill_statistics(memory, cluster_work(tile.cluster, tokens), thread % LANES, statistics)
+                self.weigh(memory, cluster_work(tile.cluster, tokens), thread % LANES, statistics, scale)
         else:
             if const_expr(tile.moves_registers):
-                cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
+                cute.arch.setmaxregister_increase(consumer_registers)
             if warp < tile.warps:
                 work = cluster_work(tile.cluster, tokens)
                 lane = self.place(work, warp, thread % LANES)
                 self.load_queries(memory, lane, queries, query_stride, key_weights, key_weight_stride)
-                self.consume(memory, work, lane, du, scale)
+                self.consume(memory, work, lane, du)
         if const_expr(tile.cluster > 1):
             # No CTA may leave while another can still write to its shared memory.
             sync_cluster(tile.cluster)
@@ -368,11 +318,11 @@ class Phase1BwdKernel:
             cute.arch.mbarrier_init(memory.staged + stage, tile.warps)
             cute.arch.mbarrier_init(memory.stored + stage, 1)
         for buffer in range(BUFFERS):
+            # Every lane arrives for its own stores: racecheck does not see that one lane's arrival covers its warp's.
+            cute.arch.mbarrier_init(memory.partial_ready + buffer, tile.warps * LANES)
+            cute.arch.mbarrier_init(memory.weights_ready + buffer, LANES)
             # Shares arrive as bytes; the one arrival announces how many.
             cute.arch.mbarrier_init(memory.reduced_ready + buffer, 1)
-            # Every lane for its copies, and for its words.
-            cute.arch.mbarrier_init(memory.statistics_full + buffer, LANES * (1 + self.config.stochastic))
-            cute.arch.mbarrier_init(memory.statistics_empty + buffer, tile.warps)
 
     @cute.jit
     def clear(self, memory: Memory, thread: Int32):
@@ -479,21 +429,52 @@ class Phase1BwdKernel:
             cute.arch.mbarrier_arrive(memory.stored + buffer)
         cute.arch.cp_async_bulk_wait_group(0)
 
-    # Statistics
+    # Exchange and weights
 
     @cute.jit
-    def fill_statistics(self, memory: Memory, work: Work, lane: Int32, statistics: Statistics):
-        """Keeps the ring of statistics full. By copies that nobody here waits for: when this warp loaded them, an item took as long
-        as their latency, whatever the consumers did (on an H200, D = 4096, S = 16: .768 -> .804 of copy bandwidth).
+    def weigh(self, memory: Memory, work: Work, lane: Int32, statistics: Statistics, scale: Float32):
+        """Makes the weights of all items."""
+        for index in cutlass.range_constexpr(STATISTICS_AHEAD):
+            self.start_statistics(memory, work, lane, statistics, Int32(index))
+        for turn in cutlass.range(work.items, unroll=1):
+            self.weigh_token(memory, work, self.place(work, Int32(0), lane), turn, statistics, scale)
+
+    def weigh_token(
+        self, memory: Memory, work: Work, lane: Lane, turn: Int32, statistics: Statistics, scale: Float32
+    ) -> None:
+        """Makes the weights of a token's items.
+
+        Why two buffers: this warp sends totals of item i + 2 after it has seen all totals of i + 1, which each CTA sent when it had
+        read those of i. Consumers write partial sums of i + 2 after their mix of i, and have left weights i before they arrive with
+        those.
         """
-        for index in cutlass.range(work.items * self.config.items, unroll=1):
-            buffer = index % BUFFERS
-            cute.arch.mbarrier_wait(memory.statistics_empty + buffer, ((index // BUFFERS) & 1) ^ 1)
+        pull = [Float32(0.0)] * 2
+        for number in range(self.config.items):
+            item = self.item(turn, number)
+            buffer, phase = item.index % BUFFERS, (item.index // BUFFERS) & 1
+            # Copies that nobody waits for: when they were loads, an item took as long as their latency, whatever the consumers
+            # did (on an H200, D = 4096, S = 16: .768 -> .804 of copy bandwidth).
+            self.start_statistics(memory, work, lane.lane, statistics, item.index + STATISTICS_AHEAD)
+            cute.arch.cp_async_wait_group(STATISTICS_AHEAD)
+            cute.arch.mbarrier_wait(memory.partial_ready + buffer, phase)
+            if self.tile.cluster > 1:
+                self.exchange(memory, work, lane, item)
+            if item.last and self.config.stochastic:
+                self.store_bits(memory, work, lane.lane, statistics.seeds[0], item)
+            if self.tile.cluster > 1:
+                cute.arch.mbarrier_wait(memory.reduced_ready + buffer, phase)
+            cute.arch.sync_warp()  # every lane's copies
+            weights, pull = self.weights(memory, lane, item, pull, scale)
+            self.store_weights(memory, lane, item, weights)
+            cute.arch.mbarrier_arrive(memory.weights_ready + buffer)
+            cute.arch.sync_warp()  # every lane has read its statistics
+
+    @cute.jit
+    def start_statistics(self, memory: Memory, work: Work, lane: Int32, statistics: Statistics, index: Int32):
+        """A group of copies: an item's statistics, if there is one."""
+        if index < work.items * self.config.items:
             self.copy_statistics(memory, work, lane, statistics, index)
-            cute.arch.cp_async_mbarrier_arrive_noinc(memory.statistics_full + buffer)
-            if const_expr(self.config.stochastic):
-                self.store_bits(memory, work, lane, statistics.seeds[0], index)
-                cute.arch.mbarrier_arrive(memory.statistics_full + buffer)
+        cute.arch.cp_async_commit_group()
 
     def copy_statistics(self, memory: Memory, work: Work, lane: Int32, statistics: Statistics, index: Int32) -> None:
         """An item's, to its buffer, as config_phase1_bwd.py says. What is not there is not copied: see weights."""
@@ -501,7 +482,7 @@ class Phase1BwdKernel:
         sources, tokens = config.num_sources, Int64(work.tokens)
         token = work.item(index // config.items)
         octets = self.tile.item_octets
-        buffer = memory.statistics + index % BUFFERS * config.statistics_bytes
+        buffer = memory.statistics + index % STATISTICS_BUFFERS * STATISTICS_BYTES
         at = buffer + lane * 4
         first, source, row = index % config.items * (octets * OCTET), lane % OCTET, lane // OCTET
         for piece in range(octets * 64 // LANES):
@@ -526,14 +507,142 @@ class Phase1BwdKernel:
                 stride = select(lane == n, statistics.scale_strides[n], stride)
             copy_scalar(at + SCALES_AT, address + token * stride * 4, lane < sources)
 
-    def store_bits(self, memory: Memory, work: Work, lane: Int32, seed: Int64, index: Int32) -> None:
-        """What the random bits of an item's token are made of, lane n's of the gradient of source n. Here, because the consumers
-        are short of time for instructions, and this warp is not.
+    def exchange(self, memory: Memory, work: Work, lane: Lane, item: Item) -> None:
+        """Adds up what this CTA's warps have, and sends it to every CTA of the cluster."""
+        config, tile = self.config, self.tile
+        buffer, size = item.index % BUFFERS, len(item.octets) * 256
+        with cute.arch.elect_one():
+            # The barrier's one arrival. Bytes that come before it are counted too; the phase cannot end without it.
+            cute.arch.mbarrier_arrive_and_expect_tx(memory.reduced_ready + buffer, tile.cluster * size)
+        vectors = size // 16
+        at = lane.lane % vectors * 16
+        partial = memory.partial + buffer * (tile.warps * config.partial_bytes) + at
+        shares = [load_shared(Float32, partial, warp * config.partial_bytes, 4) for warp in range(tile.warps)]
+        total = [tree(add, list(values)) for values in zip(*shares, strict=True)]
+        reduced = memory.reduced + (buffer * tile.cluster + work.rank) * config.partial_bytes + at
+        barrier = Int32(memory.reduced_ready.toint()) + buffer * 8
+        # Of one octet, half of the lanes send to every other CTA.
+        for first in range(0, tile.cluster, LANES // vectors):
+            store_cluster(reduced, barrier, first + lane.lane // vectors, total)
+
+    def store_bits(self, memory: Memory, work: Work, lane: Int32, seed: Int64, item: Item) -> None:
+        """What the random bits of a token's gradients are made of, lane n's of source n: for the mix of its last item."""
+        bits = row_bits(seed, lane * work.tokens + work.item(item.turn), D_SOURCES)
+        at = self.bits_address(memory, item) + lane * 8
+        store_shared(at, 0, [bits.step, bits.first], lane < self.config.num_sources)
+
+    def bits_address(self, memory: Memory, item: Item) -> Int32:
+        return self.weights_address(memory, item) + self.config.weight_vectors * (LANES * 16)
+
+    def weights_address(self, memory: Memory, item: Item) -> Int32:
+        """Each lane's 16 bytes of one vector side by side, then of the next."""
+        return memory.weights + item.index % BUFFERS * self.config.weight_bytes
+
+    def weights(
+        self, memory: Memory, lane: Lane, item: Item, pull: list[Float32], scale: Float32
+    ) -> tuple[Weights, list[Float32]]:
+        """p, g and, at last, the pull, whose sum over the token's items goes from one to the next.
+
+        Lane (c, q) holds query c of an octet and sources 2q and 2q + 1: the layout of products and of an operand with
+        queries for rows; transposed, of a second operand with queries for rows and sources for columns.
         """
-        token = work.item(index // self.config.items)
-        bits = row_bits(seed, lane * work.tokens + token, D_SOURCES)
-        at = memory.statistics + index % BUFFERS * self.config.statistics_bytes + lane * 8
-        store_shared(at, BITS_AT, [bits.step, bits.first], lane < self.config.num_sources)
+        config, tile = self.config, self.tile
+        buffer = item.index % BUFFERS
+        if tile.cluster == 1:
+            shares, totals = tile.warps, memory.partial
+        else:
+            shares, totals = tile.cluster, memory.reduced
+        totals = totals + buffer * (shares * config.partial_bytes) + lane.lane * (8 * len(item.octets))
+        statistics = memory.statistics + item.index % STATISTICS_BUFFERS * STATISTICS_BYTES
+        source_there, zero = None, Float32(0.0)
+        if config.num_sources < OCTET:
+            source_there = [lane.q * 2 + e < config.num_sources for e in range(2)]
+        rstd = masked(load_shared(Float32, statistics + lane.q * 8, RSTD_AT, 2), source_there)
+        row_scale = []
+        if config.scaled:
+            row_scale = [masked(load_shared(Float32, statistics + lane.q * 8, SCALES_AT, 2), source_there)]
+        parts = [load_shared(Float32, totals, i * config.partial_bytes, 2 * len(item.octets)) for i in range(shares)]
+        products = [tree(add, list(values)) for values in zip(*parts, strict=True)]
+        octets = tile.item_octets
+        logits = load_shared(Float32, statistics + lane.lane * (8 * octets), LOGITS_AT, 2 * octets)
+        # of every octet, then their gradients
+        lses = load_shared(Float32, statistics + lane.c * (8 * octets), LSE_AT, octets * (1 + config.d_lse))
+        ps, gs, value_gs = [], [], []
+        for i, octet in enumerate(item.octets):
+            there = source_there
+            if config.octet_rows(octet) < OCTET:
+                query_there = lane.c < config.octet_rows(octet)
+                there = [query_there if there is None else query_there & there[e] for e in range(2)]
+            a = multiply(products[2 * i : 2 * i + 2], *row_scale)
+            logit = masked(logits[2 * i : 2 * i + 2], there)
+            lse, d_lse = lses[i], lses[octets + i] if config.d_lse else zero
+            p = masked([exp_difference(value, lse) for value in logit], there)
+            mean = p[0] * a[0] + p[1] * a[1]
+            for offset in (1, 2):
+                mean = mean + cute.arch.shuffle_sync_bfly(mean, offset=offset)
+            h = masked([p[e] * (a[e] + (d_lse - mean)) for e in range(2)], there)
+            pull = [pull[e] + logit[e] * h[e] for e in range(2)]
+            ps.append(p)
+            gs.append([scale * rstd[e] * h[e] for e in range(2)])
+            value_gs.append(multiply(gs[-1], *row_scale))
+        total = pull
+        if item.last:
+            for offset in (4, 8, 16):
+                total = [value + cute.arch.shuffle_sync_bfly(value, offset=offset) for value in total]
+            # Not rstd^2: fp32 has no square of a large row's.
+            factors = multiply([r * Float32(1.0 / config.hidden_size) for r in rstd], *row_scale)
+            total = [zero - factors[e] * (rstd[e] * total[e]) for e in range(2)]
+        if config.scales_queries:
+            for i, octet in enumerate(item.octets):
+                (query_unscale,) = load_shared(Float32, memory.query_scales + lane.c * 4, octet * OCTET * 4, 1)
+                gs[i] = [query_unscale * value for value in gs[i]]
+        unscale = value_unscale = None
+        if config.scales_weights:
+            power, unscale = self.scale_of([*ps, *gs])
+            ps, gs = ([[power * value for value in pair] for pair in pairs] for pairs in (ps, gs))
+        if self.dtype is Float16:
+            # Where sources are scaled, what makes du may be of another magnitude.
+            apart = config.scaled or config.scales_queries
+            value_power, value_unscale = self.scale_of(value_gs) if apart else (power, unscale)
+            value_gs = [[value_power * value for value in pair] for pair in value_gs]
+
+        def split(pairs: list[list[Float32]], terms: int, dtype: type[Numeric] = self.dtype) -> list[list[Pair]]:
+            return [split_pair(dtype, *pair, terms) for pair in pairs]
+
+        of_sources = split(value_gs, config.weight_terms)
+        count, query_count = config.mix_terms(config.dtype), config.mix_terms(config.query_dtype)
+        of_queries = [terms[:2] for terms in of_sources]
+        if config.scaled or config.stochastic:
+            of_queries = split(gs, query_count, self.query_dtype)
+
+        def transposed(octets: list[list[Pair]], dtype: type[Numeric]) -> list[Weight]:
+            return [Weight(dtype, [transpose(term) for term in terms]) for terms in octets]
+
+        weights = Weights(
+            p=transposed(split(ps, count), self.dtype),
+            g=transposed(of_queries, self.query_dtype),
+            pull=total if item.last else None,
+            of_sources=list(zip(*of_sources, strict=True)) if len(of_sources) == 2 else by_twos(of_sources[0]),
+            unscale=unscale,
+            value_unscale=value_unscale,
+        )
+        return weights, pull
+
+    def scale_of(self, pairs: list[list[Float32]]) -> tuple[Float32, Float32]:
+        """The power of two for fp16 weights of an item, and its inverse."""
+        peak = tree(cute.arch.fmax, [cute.arch.fmax(value, -value) for pair in pairs for value in pair])
+        return power_of_two_scale(warp_max(cute.arch.fmax(peak, Float32(0.0))))  # NaN has no say
+
+    def store_weights(self, memory: Memory, lane: Lane, item: Item, weights: Weights) -> None:
+        """For the same lane of every consumer warp."""
+        at = self.weights_address(memory, item) + lane.lane * 16
+        numbers = [*(weights.pull or [None, None]), weights.unscale, weights.value_unscale]
+        numbers = [Float32(0.0) if number is None else number for number in numbers]
+        store_shared(at, 0, numbers[: self.config.weight_numbers])
+        words = [term for of in weights.p + weights.g for term in of.terms] + list(itertools.chain(*weights.of_sources))
+        words += [Int32(0)] * (-len(words) % 4)
+        for i in range(0, len(words), 4):
+            store_shared(at, LANES * 16 * (1 + i // 4), words[i : i + 4])
 
     # Consumers
 
@@ -582,13 +691,13 @@ class Phase1BwdKernel:
         neither their second terms nor those of weights are subnormal.
         """
         config, warps = self.config, self.tile.warps
-        # The second buffer: by its first use, all warps have been here.
-        peaks = memory.partial + warps * config.partial_bytes + lane.c * 4
+        # Where weights will be: before the first, all warps have been here.
+        peaks, row = memory.weights + lane.c * 4, config.query_scale_bytes
         for octet in range(config.octets):
-            store_shared(peaks + lane.warp * config.partial_bytes, octet * OCTET * 4, [reader.peak(octet)])
+            store_shared(peaks + lane.warp * row, octet * OCTET * 4, [reader.peak(octet)])
         cute.arch.barrier(barrier_id=CONSUMERS, number_of_threads=warps * LANES)
         for octet in range(config.octets):
-            at = [octet * OCTET * 4 + warp * config.partial_bytes for warp in range(warps)]
+            at = [octet * OCTET * 4 + warp * row for warp in range(warps)]
             peak = tree(cute.arch.fmax, [load_shared(Float32, peaks, offset, 1)[0] for offset in at])
             _, unscale = power_of_two_scale(peak)
             store_shared(memory.query_scales + lane.c * 4, octet * OCTET * 4, [unscale * Float32(64.0)])
@@ -631,56 +740,33 @@ class Phase1BwdKernel:
         )
 
     @cute.jit
-    def consume(self, memory: Memory, work: Work, lane: Lane, du: Int64, scale: Float32):
+    def consume(self, memory: Memory, work: Work, lane: Lane, du: Int64):
         items, tiles = self.config.items, self.warp_columns // 8
         sums = Sums(
             cute.make_rmem_tensor((2, tiles, self.config.du_octets), Float32),
             cute.make_rmem_tensor((2, tiles), Float32),
-            cute.make_rmem_tensor((2,), Float32),
-            WeightRegisters(self.config.weight_registers),
         )
         sums.du.fill(0.0)
-        # Where two warps share a scheduler, one makes weights before its products and the other after them, so that they wait
-        # for different things (measured on an H200, D = 7168, N = 8, S = 16: 0.771 -> 0.794 of copy bandwidth). By a shuffle, or
-        # the compiler reads the thread's index again for every item, and waits for it.
-        warp = cute.arch.shuffle_sync(cute.arch.thread_idx()[0], 0)
-        early, late = warp >= SCHEDULERS * LANES, warp < SCHEDULERS * LANES
         # One turn more than there are tokens: each part of the code is there once.
         for turn in cutlass.range(work.items + 1, unroll=1):
-            last = self.item(turn - 1, items - 1)
-            if const_expr(self.staggered) and (turn > 0) & early:
-                self.make_weights(memory, lane, last, sums, scale)
             if turn < work.items:
                 self.products(memory, lane, self.item(turn, 0))
-            # In the first turn, of whatever is in the first slots, which are full by now.
-            of_last = self.first_tiles(memory, lane, last)
-            if turn < work.items:
-                self.exchange(memory, work, lane, self.item(turn, 0))
-            if (turn > 0) & late:
-                self.make_weights(memory, lane, last, sums, scale)
             if turn > 0:
-                self.mix(memory, work, lane, last, of_last, sums)
+                self.mix(memory, lane, self.item(turn - 1, items - 1), sums)
             if turn < work.items:
                 for number in cutlass.range_constexpr(1, items):
-                    item, before = self.item(turn, number), self.item(turn, number - 1)
-                    if const_expr(self.staggered) and early:
-                        self.make_weights(memory, lane, before, sums, scale)
-                    self.products(memory, lane, item)
-                    of_before = self.first_tiles(memory, lane, before)
-                    self.exchange(memory, work, lane, item)
-                    if late:
-                        self.make_weights(memory, lane, before, sums, scale)
-                    self.mix(memory, work, lane, before, of_before, sums)
+                    self.products(memory, lane, self.item(turn, number))
+                    self.mix(memory, lane, self.item(turn, number - 1), sums)
         self.store_du(work, lane, du, sums.du)
 
     def source_slot(self, memory: Memory, turn: Int32) -> tuple[Int32, Int32, Int32]:
-        """(index, parity of its full barrier, address). Before the first turn, the first slot: see consume."""
-        slots, turn = self.tile.source_slots, cutlass.max(turn, 0)
+        """(index, parity of its full barrier, address)."""
+        slots = self.tile.source_slots
         index = turn % slots
         return index, (turn // slots) & 1, memory.sources + index * self.config.source_slot_bytes
 
     def output_slot(self, memory: Memory, turn: Int32, octet: int) -> tuple[Int32, Int32, Int32]:
-        position, slots = cutlass.max(turn * self.config.octets + octet, 0), self.tile.output_slots
+        position, slots = turn * self.config.octets + octet, self.tile.output_slots
         index = position % slots
         return index, (position // slots) & 1, memory.outputs + index * self.config.output_slot_bytes
 
@@ -728,156 +814,29 @@ class Phase1BwdKernel:
             # See mix.
             if step % 2:
                 cute.arch.sync_warp()
-        buffer = item.index % config.partial_buffers
+        buffer = item.index % BUFFERS
         share = memory.partial + (buffer * tile.warps + lane.warp) * config.partial_bytes
         values = [value for octet in sums.octets() for value in octet]
         store_shared(share + lane.lane * (4 * len(values)), 0, values)
+        cute.arch.mbarrier_arrive(memory.partial_ready + buffer)
 
-    def exchange(self, memory: Memory, work: Work, lane: Lane, item: Item) -> None:
-        """Makes the warps' partial sums common; over a cluster, adds this warp's share of them up and sends it to every CTA.
+    def mix(self, memory: Memory, lane: Lane, item: Item, sums: Sums) -> None:
+        """An item's gradients over the warp's columns: adds to du and d_sources.
 
-        Why four buffers: a warp sends totals of item i + 4 after it has seen all totals of i + 2. Each CTA sent those
-        after its barrier of i + 2, when all its warps were past their reads of totals i (or, in a cluster of one, of
-        partial sums i). Over a cluster, partial sums i are read before the barrier of i + 1: two are enough.
+        After a token's last item, d_sources are rounded into the staging buffer.
         """
         config, tile = self.config, self.tile
-        cute.arch.barrier(barrier_id=CONSUMERS, number_of_threads=tile.warps * LANES)
-        if tile.cluster == 1:
-            return
-        buffer = item.index % BUFFERS
-        size = len(item.octets) * 256
-        self.announce_totals(memory, lane, buffer, size)
-        vectors = size // 16
-        begin, end = lane.warp * vectors // tile.warps, (lane.warp + 1) * vectors // tile.warps
-        partial = memory.partial + item.index % config.partial_buffers * (tile.warps * config.partial_bytes)
-        reduced = memory.reduced + (buffer * tile.cluster + work.rank) * config.partial_bytes
-        # Lane l sends to CTA l % cluster.
-        for first in range(0, ceil_div(vectors, tile.warps) * tile.cluster, LANES):
-            vector = begin + (lane.lane + first) // tile.cluster
-            at = cutlass.min(vector, vectors - 1) * 16
-            shares = [load_shared(Float32, partial + at, w * config.partial_bytes, 4) for w in range(tile.warps)]
-            total = [tree(add, [share[e] for share in shares]) for e in range(4)]
-            barrier = memory.reduced_ready_address + buffer * 8
-            store_cluster(reduced + at, barrier, lane.lane % tile.cluster, total, vector < end)
-
-    @cute.jit
-    def announce_totals(self, memory: Memory, lane: Lane, buffer: Int32, size: cutlass.Constexpr):
-        """The barrier's one arrival. Bytes that come before it are counted too; the phase cannot end without it."""
-        if lane.warp == 0:
-            with cute.arch.elect_one():
-                cute.arch.mbarrier_arrive_and_expect_tx(memory.reduced_ready + buffer, self.tile.cluster * size)
-
-    def make_weights(self, memory: Memory, lane: Lane, item: Item, sums: Sums, scale: Float32) -> None:
-        sums.weights.keep(self.weights(memory, lane, item, sums, scale))
-
-    def weights(self, memory: Memory, lane: Lane, item: Item, sums: Sums, scale: Float32) -> Weights:
-        """p, g and, at last, the pull; every warp computes them all.
-
-        Lane (c, q) holds query c of an octet and sources 2q and 2q + 1: the layout of products and of an operand with
-        queries for rows; transposed, of a second operand with queries for rows and sources for columns.
-        """
-        config, tile = self.config, self.tile
-        buffer = item.index % BUFFERS
-        awaited, phase = [memory.statistics_full + buffer], (item.index // BUFFERS) & 1
-        if tile.cluster == 1:
-            shares, totals = tile.warps, memory.partial
-        else:
-            shares, totals = tile.cluster, memory.reduced
-            awaited.append(memory.reduced_ready + buffer)
-        wait_all([(barrier, phase) for barrier in awaited])
-        totals = totals + buffer * (shares * config.partial_bytes) + lane.lane * (8 * len(item.octets))
-        statistics = memory.statistics + buffer * config.statistics_bytes
-        source_there, zero = None, Float32(0.0)
-        if config.num_sources < OCTET:
-            source_there = [lane.q * 2 + e < config.num_sources for e in range(2)]
-        rstd = masked(load_shared(Float32, statistics + lane.q * 8, RSTD_AT, 2), source_there)
-        row_scale = []
-        if config.scaled:
-            row_scale = [masked(load_shared(Float32, statistics + lane.q * 8, SCALES_AT, 2), source_there)]
-        parts = [load_shared(Float32, totals, i * config.partial_bytes, 2 * len(item.octets)) for i in range(shares)]
-        products = [tree(add, list(values)) for values in zip(*parts, strict=True)]
-        octets = tile.item_octets
-        logits = load_shared(Float32, statistics + lane.lane * (8 * octets), LOGITS_AT, 2 * octets)
-        # of every octet, then their gradients
-        lses = load_shared(Float32, statistics + lane.c * (8 * octets), LSE_AT, octets * (1 + config.d_lse))
-        ps, gs, value_gs = [], [], []
-        pull = [Float32(0.0)] * 2 if item.first else [sums.pull[e] for e in range(2)]
-        for i, octet in enumerate(item.octets):
-            there = source_there
-            if config.octet_rows(octet) < OCTET:
-                query_there = lane.c < config.octet_rows(octet)
-                there = [query_there if there is None else query_there & there[e] for e in range(2)]
-            a = multiply(products[2 * i : 2 * i + 2], *row_scale)
-            logit = masked(logits[2 * i : 2 * i + 2], there)
-            lse, d_lse = lses[i], lses[octets + i] if config.d_lse else zero
-            p = masked([exp_difference(value, lse) for value in logit], there)
-            mean = p[0] * a[0] + p[1] * a[1]
-            for offset in (1, 2):
-                mean = mean + cute.arch.shuffle_sync_bfly(mean, offset=offset)
-            h = masked([p[e] * (a[e] + (d_lse - mean)) for e in range(2)], there)
-            pull = [pull[e] + logit[e] * h[e] for e in range(2)]
-            ps.append(p)
-            gs.append([scale * rstd[e] * h[e] for e in range(2)])
-            value_gs.append(multiply(gs[-1], *row_scale))
-        if item.last:
-            for offset in (4, 8, 16):
-                pull = [value + cute.arch.shuffle_sync_bfly(value, offset=offset) for value in pull]
-            # Not rstd^2: fp32 has no square of a large row's.
-            factors = multiply([r * Float32(1.0 / config.hidden_size) for r in rstd], *row_scale)
-            pull = [zero - factors[e] * (rstd[e] * pull[e]) for e in range(2)]
-        else:
-            sums.pull[0], sums.pull[1] = pull
-        if config.scales_queries:
-            for i, octet in enumerate(item.octets):
-                (query_unscale,) = load_shared(Float32, memory.query_scales + lane.c * 4, octet * OCTET * 4, 1)
-                gs[i] = [query_unscale * value for value in gs[i]]
-        unscale = value_unscale = None
-        if Float16 in (self.dtype, self.query_dtype):
-            power, unscale = self.scale_of([*ps, *gs])
-            ps, gs = ([[power * value for value in pair] for pair in pairs] for pairs in (ps, gs))
-        if self.dtype is Float16:
-            # Where sources are scaled, what makes du may be of another magnitude.
-            apart = config.scaled or config.scales_queries
-            value_power, value_unscale = self.scale_of(value_gs) if apart else (power, unscale)
-            value_gs = [[value_power * value for value in pair] for pair in value_gs]
-
-        def split(pairs: list[list[Float32]], terms: int, dtype: type[Numeric] = self.dtype) -> list[list[Pair]]:
-            return [split_pair(dtype, *pair, terms) for pair in pairs]
-
-        of_sources = split(value_gs, config.weight_terms)
-        count, query_count = config.mix_terms(config.dtype), config.mix_terms(config.query_dtype)
-        of_queries = [terms[:2] for terms in of_sources]
-        if config.scaled or config.stochastic:
-            of_queries = split(gs, query_count, self.query_dtype)
-
-        def transposed(octets: list[list[Pair]], dtype: type[Numeric]) -> list[Weight]:
-            return [Weight(dtype, [transpose(term) for term in terms]) for terms in octets]
-
-        return Weights(
-            p=transposed(split(ps, count), self.dtype),
-            g=transposed(of_queries, self.query_dtype),
-            pull=pull if item.last else None,
-            of_sources=list(zip(*of_sources, strict=True)) if len(of_sources) == 2 else by_twos(of_sources[0]),
-            unscale=unscale,
-            value_unscale=value_unscale,
-        )
-
-    def scale_of(self, pairs: list[list[Float32]]) -> tuple[Float32, Float32]:
-        """The power of two for fp16 weights of an item, and its inverse."""
-        peak = tree(cute.arch.fmax, [cute.arch.fmax(value, -value) for pair in pairs for value in pair])
-        return power_of_two_scale(warp_max(cute.arch.fmax(peak, Float32(0.0))))  # NaN has no say
-
-    def loader(self, memory: Memory, lane: Lane, item: Item) -> Callable[[int], Tiles]:
-        """Of a mix, step by step."""
-        config, tile = self.config, self.tile
-        _, _, source_slot = self.source_slot(memory, item.turn)
+        steps = self.steps()
+        source_index, _, source_slot = self.source_slot(memory, item.turn)
         source_rows = self.rows(lane, source_slot, config.num_sources)
         addend_rows = self.rows(lane, source_slot + config.num_sources * tile.row_bytes, config.num_sources)
+        adds = item.last and config.accumulate
         # (address, rows) of what p and g are multiplied with, an octet of rows each
-        outputs, queries = [], []
+        outputs, queries, released = [], [], []
         for octet in item.octets:
-            _, _, slot = self.output_slot(memory, item.turn, octet)
+            index, _, slot = self.output_slot(memory, item.turn, octet)
             outputs.append((slot, config.octet_rows(octet)))
+            released.append(index)
         for term in range(config.query_terms):
             for octet in item.octets:
                 first = (term * config.num_queries + octet * OCTET) * tile.row_bytes
@@ -889,7 +848,7 @@ class Phase1BwdKernel:
         ]
 
         def load(step: int) -> Tiles:
-            columns, count = step * STEP * ITEM, len(self.steps()[step])
+            columns, count = step * STEP * ITEM, len(steps[step])
             blocks, found = range(count // 2), []
             sources = ldmatrix(source_rows, columns, True, count)
             for octets, address in zip(pairs, factors, strict=True):
@@ -898,34 +857,21 @@ class Phase1BwdKernel:
                     found.append([tuple(matrices[2 * i : 2 * i + 2]) for i in blocks])
                 else:
                     found.append([tuple(ldmatrix(address, columns + i * PIECE * ITEM, True)) for i in blocks])
-            adds = item.last and config.accumulate
             return Tiles(sources, found, ldmatrix(addend_rows, columns, True, count) if adds else [])
 
-        return load
-
-    def first_tiles(self, memory: Memory, lane: Lane, item: Item) -> Tiles:
-        """Those of a mix, asked for while the warps' sums are made common."""
-        return self.loader(memory, lane, item)(0)
-
-    def mix(self, memory: Memory, work: Work, lane: Lane, item: Item, loaded: Tiles | None, sums: Sums) -> None:
-        """An item's gradients over the warp's columns: adds to du and d_sources.
-
-        After a token's last item, d_sources are rounded into the staging buffer.
-        """
-        config, tile = self.config, self.tile
-        steps, load = self.steps(), self.loader(memory, lane, item)
+        loaded = load(0)
+        cute.arch.mbarrier_wait(memory.weights_ready + item.index % BUFFERS, (item.index // BUFFERS) & 1)
+        weights = self.load_weights(memory, lane, item)
         rounds = item.last and config.stochastic
-        weights = sums.weights.kept()
-        if rounds:  # there with the statistics
-            rows = memory.statistics + item.index % BUFFERS * config.statistics_bytes + lane.q * 16
-            words = load_shared(Int32, rows, BITS_AT, 4)
+        if rounds:
+            words = load_shared(Int32, self.bits_address(memory, item) + lane.q * 16, 0, 4)
             bits = [RowBits(*words[i : i + 2]).after(lane.column + lane.c) for i in (0, 2)]
         stage_index = item.turn % tile.stages
         stage = memory.stage + stage_index * config.stage_bytes
         for step, tiles in enumerate(steps):
             now = loaded or load(step)
             # Before this step's stores: the compiler cannot tell that they go elsewhere.
-            loaded = load(step + 1) if self.ahead and step + 1 < len(steps) else None
+            loaded = load(step + 1) if config.loads_ahead and step + 1 < len(steps) else None
             rows = [self.source_terms(matrix) for matrix in now.sources]
             self.add_products(weights, rows, sums.du, tiles, item)
             totals = self.d_source_sums(weights, now.factors)
@@ -941,7 +887,7 @@ class Phase1BwdKernel:
                 if item.last:
                     values = unpack(Float16 if config.scaled else self.dtype, now.sources[i])
                     d_source = [d_source[e] + weights.pull[e] * values[e] for e in range(2)]
-                if now.addends:
+                if adds:
                     old = unpack(self.dtype, now.addends[i])
                     d_source = [value + addend for value, addend in zip(d_source, old, strict=True)]
                 if rounds:
@@ -956,12 +902,28 @@ class Phase1BwdKernel:
             # Keeps the compiler from hoisting every step's loads and products, which spilled.
             cute.arch.sync_warp()
         with cute.arch.elect_one():
-            for octet in item.octets:
-                cute.arch.mbarrier_arrive(memory.outputs_empty + self.output_slot(memory, item.turn, octet)[0])
-            cute.arch.mbarrier_arrive(memory.statistics_empty + item.index % BUFFERS)
+            for index in released:
+                cute.arch.mbarrier_arrive(memory.outputs_empty + index)
             if item.last:
-                cute.arch.mbarrier_arrive(memory.sources_empty + self.source_slot(memory, item.turn)[0])
+                cute.arch.mbarrier_arrive(memory.sources_empty + source_index)
                 cute.arch.mbarrier_arrive(memory.staged + stage_index)
+
+    def load_weights(self, memory: Memory, lane: Lane, item: Item) -> Weights:
+        """As store_weights has stored them."""
+        config, octets = self.config, len(item.octets)
+        at = self.weights_address(memory, item) + lane.lane * 16
+        numbers = load_shared(Float32, at, 0, config.weight_numbers) + [None] * (4 - config.weight_numbers)
+        vectors = range(ceil_div(config.weight_words(octets), 4))
+        words = itertools.chain(*[load_shared(Int32, at, LANES * 16 * (1 + i), 4) for i in vectors])
+
+        def operands(dtype: type[Numeric], terms: int) -> list[Weight]:
+            return [Weight(dtype, list(itertools.islice(words, terms))) for _ in range(octets)]
+
+        p = operands(self.dtype, config.mix_terms(config.dtype))
+        g = operands(self.query_dtype, config.mix_terms(config.query_dtype))
+        of_sources = [(next(words), next(words)) for _ in range(ceil_div(octets * config.weight_terms, 2))]
+        pull = numbers[:2] if item.last else None
+        return Weights(p, g, pull, of_sources, numbers[2], numbers[3] if self.dtype is Float16 else None)
 
     def staged_place(self, lane: Lane, step: int) -> Int32:
         """Where this lane lets stmatrix begin in a step, in bytes of a stage: row l % 8, 8 columns on for every 8 lanes.
