@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import re
-import signal
 import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from itertools import starmap
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from cute_kernels import compile as compiler
+from cute_kernels.processes import in_processes, processors
 
 
 @dataclass(frozen=True)
@@ -49,15 +45,8 @@ def compile_all() -> Iterator[Inspection]:
     """
     from cute_kernels import config
 
-    configs = list(config.representative_configs())
-    workers = min(len(os.sched_getaffinity(0)), 8)  # of half a GB each
-    if workers == 1:
-        yield from starmap(inspect_kernel, configs)
-        return
-    # Ctrl-C reaches every process: the workers end at once and silently, the caller raises KeyboardInterrupt.
-    initializer = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_DFL)}
-    with ProcessPoolExecutor(workers, get_context("spawn"), **initializer) as pool:
-        yield from pool.map(inspect_kernel, *zip(*configs, strict=True))
+    workers = min(processors(), 8)  # of half a GB each
+    yield from in_processes(workers, inspect_kernel, *zip(*config.representative_configs(), strict=True))
 
 
 def _cuobjdump(flag: str, cubin: Path) -> str:

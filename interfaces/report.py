@@ -27,6 +27,7 @@ import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import partial
 from importlib import metadata as packages
 from itertools import combinations
 from pathlib import Path
@@ -43,6 +44,7 @@ from attnres.numerics import Measurement, Quantiles, Reference
 from attnres.precision import SourceRisk
 from attnres.scaled import ScaledTensor
 from attnres.storage import StorageError
+from cute_kernels.processes import in_processes, processors
 
 BACKENDS = ("torch", "triton", "cute")
 PUBLIC: Mapping[str, Callable[..., Any]] = {
@@ -56,6 +58,9 @@ NOT_WORSE_STATISTIC = 0.1 * numerics.STATISTIC_BUDGET
 # tokens that are used of a user's file, and to compare storage formats: the interpreter is slow, and the oracle keeps ten
 # float64 copies on the GPU
 CAPTURE_TOKENS = {"cpu": 8, "cuda": 16384}
+MOST_WORKERS = 16
+WORKER_MEMORY = 8 << 30  # bytes of a GPU that are there for each
+CASES_PER_WORKER = 8  # at least: a process takes seconds to start
 
 Results = dict[str, Tensor | ScaledTensor | list[Tensor]]
 
@@ -190,9 +195,10 @@ def run(
             report.storage = storage.measure(captured.sources[:, : CAPTURE_TOKENS[device.type]], backends, device)
             progress("storage formats")
     if backends:
-        for job in chosen:
-            case = inputs.make_case(*job, device=device, capture=capture)
-            rows, pairs = evaluate(case, backends)
+        evaluated = in_processes(
+            _workers(len(chosen), device, capture), partial(_evaluate, backends, device, capture), chosen
+        )
+        for job, (rows, pairs) in zip(chosen, evaluated, strict=True):
             report.rows += rows
             report.pairs += pairs
             progress(str(job))
@@ -202,6 +208,27 @@ def run(
             report.kernels.append(kernel)
             progress(f"compile {kernel.op}")
     return report
+
+
+def _workers(cases: int, device: torch.device, capture: Capture | None) -> int:
+    """Processes that so many cases are shared out to: on a GPU, most of a first run's time is its compilers'.
+
+    One where the capture is the user's own, with few cases, since it would have to be sent with each.
+    """
+    if device.type == "cpu" or capture is not None:
+        return 1
+    room = torch.cuda.get_device_properties(device).total_memory // WORKER_MEMORY
+    return max(1, min(processors() // 2, room, MOST_WORKERS, cases // CASES_PER_WORKER))
+
+
+def _evaluate(
+    backends: Sequence[str], device: torch.device, capture: Capture | None, job: Job
+) -> tuple[list[Row], list[Pair]]:
+    try:
+        return evaluate(inputs.make_case(*job, device=device, capture=capture), backends)
+    finally:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # for the other workers' cases
 
 
 def evaluate(case: Case, backends: Sequence[str]) -> tuple[list[Row], list[Pair]]:

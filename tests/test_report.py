@@ -307,6 +307,22 @@ def _small_jobs(*dtypes: str) -> list[report.Job]:
     return [report.Job("mix", Shape(64, 128, 3), "normal", dtype) for dtype in dtypes]
 
 
+def test_processes_report_what_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = [
+        *_small_jobs("bf16", "fp16"),
+        report.Job("phase2", Shape(16, 64, 3), "outliers", "fp16_scaled+stochastic"),
+    ]
+    found = []
+    for workers in (1, 2):
+        monkeypatch.setattr(report, "_workers", lambda *_, workers=workers: workers)
+        done: list[str] = []
+        made = report.run(chosen, ["torch", "triton"], torch.device("cpu"), progress=done.append)
+        assert done == [str(job) for job in chosen]
+        found.append((made.rows, made.pairs))
+    assert found[0] == found[1]
+    assert len({(row.op, row.dtype) for row in found[0][0]}) == len(chosen)
+
+
 def test_cute_may_not_be_worse_than_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     for factor, broken in ((1.0, False), (1 + 2.0**-10, True)):
         with monkeypatch.context() as patch:
