@@ -23,9 +23,9 @@ STEP = 32  # columns that one ldmatrix covers
 PIECE = 16  # a warp's columns are a multiple of it
 MAX_WARPS = 8
 OTHER_WARPS = 4  # a warpgroup: loads, stores, loads of what is added to, weights
-# Of a consumer and of another warp, after setmaxnreg: what eight of those and four of these leave each other. More for consumers
-# that gradients fill.
-REGISTERS, FILLED_REGISTERS = (208, 88), (216, 72)
+# Of a consumer and of another warp, after setmaxnreg: of what eight of those and four of these leave each other, the pairs with
+# which ptxas spills least, where rows are loaded ahead and where they are not
+AHEAD_SPLIT, SPLIT = (208, 88), (192, 120)
 # Of a consumer, for gradients, and columns of one warp: more spilled. Fewer where du is added apart from the tensor core;
 # those shapes that fit no other way spill a little (S = 24 at D = 7168, fp32 queries: 40 bytes).
 GRADIENT_REGISTERS = 112
@@ -253,7 +253,7 @@ class Phase1BwdConfig:
     @property
     def registers(self) -> tuple[int, int]:
         """Of a consumer and of another warp."""
-        return REGISTERS if self.loads_ahead else FILLED_REGISTERS
+        return AHEAD_SPLIT if self.loads_ahead else SPLIT
 
     @property
     def threads(self) -> int:

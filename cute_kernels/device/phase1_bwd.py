@@ -461,8 +461,6 @@ class Phase1BwdKernel:
                 self.exchange(memory, work, lane, item)
             if item.last and self.config.stochastic:
                 self.store_bits(memory, work, lane.lane, statistics.seeds[0], item)
-            if self.tile.cluster > 1:
-                cute.arch.mbarrier_wait(memory.reduced_ready + buffer, phase)
             cute.arch.sync_warp()  # every lane's copies
             weights, pull = self.weights(memory, lane, item, pull, scale)
             self.store_weights(memory, lane, item, weights)
@@ -541,18 +539,13 @@ class Phase1BwdKernel:
     def weights(
         self, memory: Memory, lane: Lane, item: Item, pull: list[Float32], scale: Float32
     ) -> tuple[Weights, list[Float32]]:
-        """p, g and, at last, the pull, whose sum over the token's items goes from one to the next.
+        """p, g and, at last, the pull, whose sum over the token's items goes from one to the next. p, before the totals are there.
 
         Lane (c, q) holds query c of an octet and sources 2q and 2q + 1: the layout of products and of an operand with
         queries for rows; transposed, of a second operand with queries for rows and sources for columns.
         """
         config, tile = self.config, self.tile
-        buffer = item.index % BUFFERS
-        if tile.cluster == 1:
-            shares, totals = tile.warps, memory.partial
-        else:
-            shares, totals = tile.cluster, memory.reduced
-        totals = totals + buffer * (shares * config.partial_bytes) + lane.lane * (8 * len(item.octets))
+        buffer, octets = item.index % BUFFERS, tile.item_octets
         statistics = memory.statistics + item.index % STATISTICS_BUFFERS * STATISTICS_BYTES
         source_there, zero = None, Float32(0.0)
         if config.num_sources < OCTET:
@@ -561,28 +554,33 @@ class Phase1BwdKernel:
         row_scale = []
         if config.scaled:
             row_scale = [masked(load_shared(Float32, statistics + lane.q * 8, SCALES_AT, 2), source_there)]
-        parts = [load_shared(Float32, totals, i * config.partial_bytes, 2 * len(item.octets)) for i in range(shares)]
-        products = [tree(add, list(values)) for values in zip(*parts, strict=True)]
-        octets = tile.item_octets
         logits = load_shared(Float32, statistics + lane.lane * (8 * octets), LOGITS_AT, 2 * octets)
         # of every octet, then their gradients
         lses = load_shared(Float32, statistics + lane.c * (8 * octets), LSE_AT, octets * (1 + config.d_lse))
-        ps, gs, value_gs = [], [], []
+        theres, ps, gs, value_gs = [], [], [], []
         for i, octet in enumerate(item.octets):
             there = source_there
             if config.octet_rows(octet) < OCTET:
                 query_there = lane.c < config.octet_rows(octet)
                 there = [query_there if there is None else query_there & there[e] for e in range(2)]
+            theres.append(there)
+            logits[2 * i : 2 * i + 2] = masked(logits[2 * i : 2 * i + 2], there)
+            ps.append(masked([exp_difference(value, lses[i]) for value in logits[2 * i : 2 * i + 2]], there))
+        shares, totals = tile.warps, memory.partial
+        if tile.cluster > 1:
+            shares, totals = tile.cluster, memory.reduced
+            cute.arch.mbarrier_wait(memory.reduced_ready + buffer, (item.index // BUFFERS) & 1)
+        totals = totals + buffer * (shares * config.partial_bytes) + lane.lane * (8 * len(item.octets))
+        parts = [load_shared(Float32, totals, i * config.partial_bytes, 2 * len(item.octets)) for i in range(shares)]
+        products = [tree(add, list(values)) for values in zip(*parts, strict=True)]
+        for i, (p, there) in enumerate(zip(ps, theres, strict=True)):
             a = multiply(products[2 * i : 2 * i + 2], *row_scale)
-            logit = masked(logits[2 * i : 2 * i + 2], there)
-            lse, d_lse = lses[i], lses[octets + i] if config.d_lse else zero
-            p = masked([exp_difference(value, lse) for value in logit], there)
+            d_lse = lses[octets + i] if config.d_lse else zero
             mean = p[0] * a[0] + p[1] * a[1]
             for offset in (1, 2):
                 mean = mean + cute.arch.shuffle_sync_bfly(mean, offset=offset)
             h = masked([p[e] * (a[e] + (d_lse - mean)) for e in range(2)], there)
-            pull = [pull[e] + logit[e] * h[e] for e in range(2)]
-            ps.append(p)
+            pull = [pull[e] + logits[2 * i + e] * h[e] for e in range(2)]
             gs.append([scale * rstd[e] * h[e] for e in range(2)])
             value_gs.append(multiply(gs[-1], *row_scale))
         total = pull
