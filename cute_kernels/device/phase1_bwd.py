@@ -899,6 +899,11 @@ class Phase1BwdKernel:
                 stmatrix(stage + self.staged_place(lane, step), 0, staged)
             # Keeps the compiler from hoisting every step's loads and products, which spilled.
             cute.arch.sync_warp()
+        if not item.last:
+            # Another proxy fills the slots again. What was staged has waited for this item's reads; without it, an arrival overtook
+            # reads that stood behind remote stores, until they found the slot's next rows (on an H200: one token in a hundred).
+            cute.arch.fence_view_async_shared()
+            cute.arch.sync_warp()
         with cute.arch.elect_one():
             for index in released:
                 cute.arch.mbarrier_arrive(memory.outputs_empty + index)
