@@ -270,7 +270,10 @@ def patched(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(phase1_bwd, "power_of_two_scale", power_of_two_scale)
         monkeypatch.setattr(cutlass, "min", np.minimum)
         monkeypatch.setattr(cutlass, "max", np.maximum)
-        for name in ("sync_warp", "barrier", "mbarrier_wait", "mbarrier_arrive", "mbarrier_arrive_and_expect_tx"):
+        nothing = (
+            "sync_warp barrier fence_view_async_shared mbarrier_wait mbarrier_arrive mbarrier_arrive_and_expect_tx"
+        )
+        for name in nothing.split():
             monkeypatch.setattr(cute.arch, name, lambda *_, **__: None)
         monkeypatch.setattr(cute.arch, "elect_one", contextlib.nullcontext)
         monkeypatch.setattr(cute.arch, "fmax", np.maximum)
